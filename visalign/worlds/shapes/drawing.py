@@ -1,0 +1,80 @@
+"""Scenes to pixels: analytic shapes, antialiased, drawn for a whole batch at once."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .scenes import COLOURS, SHAPES, SIZE, Scene
+
+MAX_OBJECTS = 4
+
+
+def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+    """How deep (dx, dy) lies inside the shape, in pixels; negative outside. y points down, tips point up.
+
+    `radius` is the nominal size: shapes of one radius have areas within 30 % of each other.
+    """
+    if shape == "circle":
+        return 0.92 * radius - torch.hypot(dx, dy)
+    if shape == "square":
+        return 0.82 * radius - torch.maximum(dx.abs(), dy.abs())
+    if shape == "triangle":  # three half planes; inradius r/2, shifted down so that the bounding box is centred
+        low, inner = dy - 0.25 * 1.1 * radius, 0.55 * radius
+        side = inner - (math.sqrt(3) / 2 * dx.abs() - 0.5 * low)
+        return torch.minimum(side, inner - low)
+    if shape == "star":  # one fifth, mirrored: the line from the tip (angle 0) to the notch (angle pi / 5)
+        outer, notch = 1.15 * radius, 0.48 * 1.15 * radius
+        low = dy - 0.06 * radius
+        angle = torch.remainder(torch.atan2(dx, -low), 2 * math.pi / 5)
+        angle = torch.minimum(angle, 2 * math.pi / 5 - angle)
+        rho = torch.hypot(dx, low)
+        px, py = rho * torch.cos(angle), rho * torch.sin(angle)
+        ex, ey = notch * math.cos(math.pi / 5) - outer, notch * math.sin(math.pi / 5)
+        return ((px - outer) * -ey + py * ex) / torch.hypot(ex, ey)
+    raise ValueError(f"shape: got {shape!r}, expected one of {SHAPES}")
+
+
+def draw(scenes: Sequence[Scene], size: int = SIZE) -> Tensor:
+    """Draw scenes. Returns images (N, 3, size, size), float32 in [0, 1]; edges are antialiased over one pixel."""
+    grid = torch.arange(size) + 0.5
+    scale = size / SIZE
+    down, right = torch.meshgrid(grid, grid, indexing="ij")
+    background = torch.tensor([s.background for s in scenes])[:, :, None, None]
+    slope = torch.tensor([s.gradient for s in scenes])[:, :, None, None]
+    images = background + (slope[:, :1] * (right / size - 0.5) + slope[:, 1:] * (down / size - 0.5))
+    images = images.clamp(0, 1)
+    for k in range(max((len(s.objects) for s in scenes), default=0)):
+        have = [i for i, s in enumerate(scenes) if len(s.objects) > k]
+        for shape in SHAPES:
+            rows = [i for i in have if scenes[i].objects[k].shape == shape]
+            if not rows:
+                continue
+            objects = [scenes[i].objects[k] for i in rows]
+            x, y, radius = (
+                torch.tensor([getattr(o, name) for o in objects], dtype=torch.float32)[:, None, None] * scale
+                for name in ("x", "y", "radius")
+            )
+            alpha = (signed_distance(shape, right - x, down - y, radius) + 0.5).clamp(0, 1)[:, None]
+            colour = torch.tensor([COLOURS[o.colour] for o in objects])[:, :, None, None]
+            images[rows] = images[rows] * (1 - alpha) + colour * alpha
+    return images
+
+
+def template(shape: str, size: int = 32) -> np.ndarray:
+    """The shape filling its bounding box, (size, size) bool: what the judge compares with."""
+    grid = (torch.arange(256) + 0.5 - 128) / 128 * 1.3
+    dy, dx = torch.meshgrid(grid, grid, indexing="ij")
+    mask = (signed_distance(shape, dx, dy, torch.tensor(1.0)) > 0).numpy()
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return resample(box, size)
+
+
+def resample(mask: np.ndarray, size: int) -> np.ndarray:
+    """Nearest-neighbour resampling of a (H, W) mask to (size, size)."""
+    r = ((np.arange(size) + 0.5) * mask.shape[0] / size).astype(int)
+    c = ((np.arange(size) + 0.5) * mask.shape[1] / size).astype(int)
+    return mask[np.ix_(r, c)]
