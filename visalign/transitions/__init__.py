@@ -226,7 +226,12 @@ def make_transition(name: str, **options: Any) -> Transition:
 
 def ode_of(schedule: Schedule) -> Transition:
     """The deterministic transition of the schedule's kind: Euler, DDIM at eta 0, or consistency at eta 0."""
-    return {"flow": FlowODE(), "diffusion": DDIM(eta=0.0), "consistency": Consistency(eta=0.0)}[schedule.kind]
+    kinds: dict[str, Transition] = {
+        "flow": FlowODE(),
+        "diffusion": DDIM(eta=0.0),
+        "consistency": Consistency(eta=0.0),
+    }
+    return kinds[schedule.kind]
 
 
 def _levels(schedule: Schedule, step_index: int, kind: str, name: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""One multistep consistency step: jump to the denoised estimate, then noise it again (Luo et al. 2023, arXiv:2310.04378)."""
+"""A multistep consistency step: jump to the denoised estimate, noise it again (Luo et al. 2023, arXiv:2310.04378)."""
 
 import math
 

@@ -56,7 +56,7 @@ def ddim(
 
 
 def ddim_std(alpha: float, alpha_prev: float, eta: float = 1.0) -> float:
-    """eta * sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)), with alpha_prev the later, larger level."""
+    """eta * sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)), with alpha_prev the larger level."""
     if not 0 <= alpha <= alpha_prev <= 1 or alpha == 1 or alpha_prev == 0:
         raise ValueError(f"alpha, alpha_prev: got {alpha}, {alpha_prev}, expected 0 <= alpha <= alpha_prev <= 1")
     if not 0 <= eta <= 1:

@@ -113,7 +113,8 @@ def dpm_solver_2m(
     """One step of DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095) on a flow: alpha = 1 - sigma.
 
     With lambda = log(alpha / sigma), h = lambda' - lambda and h_p the step before:
-    x' = (sigma'/sigma) x - alpha' (e^-h - 1) (m0 + (m0 - m1) h / (2 h_p)). Without the second term it is the Euler step.
+    x' = (sigma'/sigma) x - alpha' (e^-h - 1) (m0 + (m0 - m1) h / (2 h_p)).
+    Without the second term it is the Euler step.
 
     Args:
         latents: x at sigma, (N, ...).
