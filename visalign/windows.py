@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from visalign.names import build
+from visalign.seeds import derived_seed
 
 
 class Window(Protocol):
@@ -208,7 +209,7 @@ def _draw(count: int, iteration: int, seed: int, generator: torch.Generator | No
     """Uniform in 0 .. count - 1."""
     _check_int("iteration", iteration, 0)
     if generator is None:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+        generator = torch.Generator().manual_seed(derived_seed(seed, iteration))
     return int(torch.randint(count, (), generator=generator, device=generator.device))
 
 
