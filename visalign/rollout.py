@@ -80,17 +80,20 @@ class Trajectory:
     def take(self, indices: Sequence[int]) -> "Trajectory":
         """The samples at these places, in this order: a minibatch."""
         rows = torch.as_tensor(list(indices), dtype=torch.int64, device=self.final.device)
-        recorded = {
-            name: {step: values[rows] for step, values in getattr(self, name).items()}
-            for name in ("latents", "next_latents", "log_probs", "means")
-        }
+
+        def rows_of(record: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {step: values[rows] for step, values in record.items()}
+
         return replace(
             self,
             prompts=[self.prompts[i] for i in indices],
             seeds=[self.seeds[i] for i in indices],
             final=self.final[rows],
             images=None if self.images is None else self.images[rows.to(self.images.device)],
-            **recorded,
+            latents=rows_of(self.latents),
+            next_latents=rows_of(self.next_latents),
+            log_probs=rows_of(self.log_probs),
+            means=rows_of(self.means),
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def derived_seed(*keys: int) -> int:
-    """A 32-bit seed from integers, far from theirs and each other's. (torch's CPU generator reads 32 bits of a seed.)"""
+    """A 32-bit seed from integers, far from theirs and each other's (torch's CPU generator reads 32 bits only)."""
     text = ":".join(str(int(key)) for key in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 

@@ -200,11 +200,13 @@ class Consistency:
     def __call__(
         self, schedule: Schedule, step_index: int, latents: Tensor, prediction: Tensor
     ) -> tuple[Gaussian, Tensor]:
+        alpha, alpha_prev = self._step(schedule, step_index)
         return consistency_step(
             latents,
             prediction,
             schedule.times[step_index],
-            *self._step(schedule, step_index),
+            alpha,
+            alpha_prev,
             prediction_type=schedule.prediction_type,
             timestep_scaling=schedule.timestep_scaling,
             sigma_data=schedule.sigma_data,
