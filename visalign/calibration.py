@@ -105,10 +105,14 @@ def _refuse(generator: "Generator", what: str, stock: Tensor, ours: Tensor, dtyp
         )
 
 
-def _predict(generator: "Generator", learned: Learned, latents: Tensor, step: int, *call: Any) -> Tensor:
+def _predict(
+    generator: "Generator", learned: Learned, latents: Tensor, step: int, prompts: Any, seeds: Any, inputs: Any
+) -> Tensor:
     seen: list[Tensor] = []
     generator._run(
-        *call,
+        prompts,
+        seeds,
+        inputs,
         lambda _i, _x, prediction: seen.append(prediction),  # type: ignore[arg-type, return-value]
         learned=learned,
         steps={step},
@@ -118,7 +122,9 @@ def _predict(generator: "Generator", learned: Learned, latents: Tensor, step: in
     return seen[0]
 
 
-def _with_latents(generator: "Generator", learned: Learned, noise: Tensor, *call: Any) -> Learned:
+def _with_latents(
+    generator: "Generator", learned: Learned, noise: Tensor, prompts: Any, seeds: Any, inputs: Any
+) -> Learned:
     """Whether latents given to the call arrive unchanged in the loop."""
     if "latents" not in generator._parameters:
         return learned
@@ -127,7 +133,9 @@ def _with_latents(generator: "Generator", learned: Learned, noise: Tensor, *call
     first = {learned.first}
     with contextlib.suppress(ValueError, TypeError, RuntimeError, IndexError):
         generator._run(
-            *call,
+            prompts,
+            seeds,
+            inputs,
             lambda _i, latents, _v: seen.append(latents),  # type: ignore[arg-type, return-value]
             learned=accepting,
             steps=first,

@@ -235,7 +235,7 @@ class Generator:
         return self.denoise(prompts, seeds, _never, latents=latents, start=end, decode=True, **inputs)[1]
 
     def check(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **inputs: Any) -> dict[str, float]:
-        """Largest absolute differences between this Generator and stock runs of its pipeline, see `calibration.check`."""
+        """Largest absolute differences to stock runs of the pipeline, see `calibration.check`."""
         return check(self, list(prompts), _or_zeros(seeds, prompts), inputs)
 
     # Prompts ---------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ class Generator:
         learned = learned or self._learned.get(frozenset(inputs))
         denoisers = {name: self.pipeline.components[name] for name in (learned.denoisers if learned else ())}
         run = LoopRun(step_fn, self._stubs, denoisers, self._on_schedule, grad=torch.is_grad_enabled(), **options)
-        first = learned and run.states.get(learned.first)
+        first = run.states.get(learned.first) if learned else None
         if learned and first is not None and learned.takes_latents:
             arguments["latents"] = first.detach().to(learned.dtype, copy=True)
             run.feed(first, arguments["latents"])

@@ -46,7 +46,7 @@ def check_batch(prompts: Sequence[str], seeds: Sequence[int]) -> None:
 def call_arguments(
     parameters: frozenset[str], settings: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int], device: Any
 ) -> dict[str, Any]:
-    """The keyword arguments of one call: `settings`, prompts and per-sample generators, as far as the pipeline has them.
+    """The keyword arguments of one call: `settings`, prompts and one generator per sample.
 
     Negative prompts become lists, one per prompt.
     """

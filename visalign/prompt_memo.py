@@ -68,7 +68,8 @@ class PromptMemo:
                 raise ValueError(
                     f"prompts: got {arguments.get('prompt')!r}, not encoded before the text encoders were released"
                 )
-            self._memo[key] = self._encode(**arguments)
+            # Lists are copied: Z-Image writes its chat template into the prompts it is given.
+            self._memo[key] = self._encode(**{k: list(v) if isinstance(v, list) else v for k, v in arguments.items()})
         return self._memo[key]
 
     def _row(self, arguments: dict[str, Any]) -> Any:

@@ -53,7 +53,7 @@ def to_supported_scheduler(scheduler: Any) -> Any:
         return scheduler
     if not hasattr(scheduler, "alphas_cumprod") or "EDM" in name:
         raise UnsupportedPipeline(
-            f"scheduler: got {name}, expected one over betas (DDIM, PNDM, Euler, DPM-Solver, ...), with flow sigmas, or LCM"
+            f"scheduler: got {name}, expected one over betas (DDIM, Euler, DPM-Solver, ...), with flow sigmas, or LCM"
         )
     options = {key: config[key] for key in _DDIM_OPTIONS if config.get(key) is not None}
     spacing = "leading" if config.get("timestep_spacing", "leading") == "leading" else "trailing"

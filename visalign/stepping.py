@@ -55,7 +55,7 @@ class Timesteps(Tensor):
     """
 
     # Without this the subclass would spread into everything computed from it.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     control: LoopControl
     offset: int  # index in the schedule of this slice's first element
 
