@@ -1,0 +1,166 @@
+"""What a reward is, the registry of names, and how a plain function becomes a reward."""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from visalign.names import unknown_name
+
+KINDS = ("pointwise",)
+Context = Mapping[str, Any]  # further inputs of a reward by name, e.g. lists of N references
+_F = TypeVar("_F", bound=Callable)
+_REWARDS: dict[str, Callable] = {}
+_MODULES: dict[str, str] = {}  # names that register themselves when their module is imported
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores pictures: images (N, 3, H, W), float in [0, 1], and N prompts to (N,) raw scores, higher is better.
+
+    A "pointwise" reward scores each picture by itself, so a batch scores as its pictures do one by one.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients reach the images."""
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Bounds no score leaves; may be infinite."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is read besides the images: "prompts", or keys that the context must hold."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor: ...
+
+
+class RewardError(ValueError):
+    """A reward that cannot give a usable score: one line naming the reward, the sample and its prompt."""
+
+    def __init__(self, reward: str, problem: str, sample: int | None = None, prompt: str | None = None) -> None:
+        where = "" if sample is None else f", sample {sample}"
+        where += "" if prompt is None else f", prompt {prompt!r}"
+        super().__init__(" ".join(f"reward {reward!r}{where}: {problem}".split()))
+        self.reward, self.sample, self.prompt = reward, sample, prompt
+
+
+def register_reward(name: str) -> Callable[[_F], _F]:
+    """Decorator: make_reward(name, **options) calls this class or function with the options."""
+
+    def add(factory: _F) -> _F:
+        if name in _REWARDS:
+            raise ValueError(f"name: got {name!r}, already registered, by {_REWARDS[name]!r}")
+        _REWARDS[name] = factory
+        return factory
+
+    return add
+
+
+def announce_reward(name: str, module: str) -> None:
+    """Say that importing `module` registers `name`, so that it can be listed, and found when asked for."""
+    _MODULES[name] = module
+
+
+def reward_names() -> list[str]:
+    """Every name that make_reward knows, sorted."""
+    return sorted({*_REWARDS, *_MODULES})
+
+
+def reward_factory(name: str) -> Callable:
+    """The class or function registered as `name`."""
+    if name not in _REWARDS and name in _MODULES:
+        importlib.import_module(_MODULES[name])
+    if name not in _REWARDS:
+        raise unknown_name("reward", name, reward_names())
+    return _REWARDS[name]
+
+
+def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless `prompts` are as many strings as there are images."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        kind = "one string" if isinstance(prompts, str) else "other things than strings"
+        raise ValueError(f"prompts: got {kind}, expected a list of {len(images)} strings")
+    if len(prompts) != len(images):
+        raise ValueError(f"prompts: got {len(prompts)}, expected {len(images)}, one per image")
+
+
+class FunctionReward:
+    """A user's callable as a reward; its signature is read once. Attributes it does not set get cautious defaults."""
+
+    def __init__(self, function: Callable, name: str) -> None:
+        takes = reward_arguments(function, name)
+        self._function, self._takes = function, takes
+        self.name: str = getattr(function, "name", name)
+        self.differentiable: bool = getattr(function, "differentiable", False)
+        self.kind: str = getattr(function, "kind", "pointwise")
+        self.range: tuple[float, float] = getattr(function, "range", (-math.inf, math.inf))
+        default = ("prompts",) if "prompts" in takes else ()
+        self.needs: tuple[str, ...] = tuple(getattr(function, "needs", default))
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of reward {name!r}: got {self.kind!r}, expected one of {KINDS}")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
+        given = {"prompts": prompts, "context": context}
+        return self._function(images, **{argument: given[argument] for argument in self._takes})
+
+
+def reward_arguments(function: Callable, name: str) -> tuple[str, ...]:
+    """Which of "prompts" and "context" the callable takes after its images.
+
+    Raises:
+        ValueError: it is no callable `(images[, prompts[, context]])`; arguments of other names need defaults.
+    """
+    expected = "expected (images), (images, prompts) or (images, prompts, context)"
+    if not callable(function):
+        raise ValueError(f"reward {name!r}: got {type(function).__name__}, expected a function of (images, prompts)")
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].name != "images":
+        raise ValueError(f"arguments of reward {name!r}: got {inspect.signature(function)}, {expected}")
+    for p in parameters[1:]:
+        optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        known = p.name in ("prompts", "context") and p.kind is not p.POSITIONAL_ONLY
+        if not known and not optional:
+            raise ValueError(f"arguments of reward {name!r}: got {inspect.signature(function)}, {expected}")
+    return tuple(p.name for p in parameters[1:] if p.name in ("prompts", "context"))
+
+
+def as_reward(function: Callable, name: str | None = None) -> Reward:
+    """`function` itself if it is a reward in full, else wrapped into one."""
+    name = name or getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, Reward) and reward_arguments(function, name) == ("prompts", "context"):
+        if function.kind not in KINDS:
+            raise ValueError(f"kind of reward {name!r}: got {function.kind!r}, expected one of {KINDS}")
+        return function
+    return FunctionReward(function, name)
+
+
+def as_scores(scores: Any, name: str, prompts: Sequence[str]) -> Tensor:
+    """What a reward returned as a float32 tensor (N,), wherever it lies, with its gradient.
+
+    Raises:
+        RewardError: not (N,) numbers. Values are not looked at.
+    """
+    n = len(prompts)
+    try:
+        scores = torch.as_tensor(scores)
+    except (TypeError, ValueError, RuntimeError) as error:
+        problem = f"got {type(scores).__name__}, expected a tensor ({n},), one score per image"
+        raise RewardError(name, problem, prompt=prompts[0]) from error
+    if scores.shape != (n,):
+        problem = f"got scores of shape {tuple(scores.shape)} for {n} images, expected ({n},), one score per image"
+        raise RewardError(name, problem, prompt=prompts[0])
+    if scores.is_complex():
+        raise RewardError(name, f"got scores of {scores.dtype}, expected real numbers", prompt=prompts[0])
+    return scores.float()

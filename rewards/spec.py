@@ -1,0 +1,221 @@
+"""Rewards by name: from what a config or a command line says to a reward, checked before anything heavy is loaded."""
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from visalign.names import unknown_name
+
+from .base import Reward, as_reward, reward_factory, reward_names
+from .scoring import CombinedReward, Member
+
+RewardSpec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of a spec."""
+
+    name: str  # registered name, "module:attribute" or "path/to/file.py:attribute"
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""  # name in logs: the name, or the attribute; numbered where one comes twice
+
+
+def parse_spec(spec: RewardSpec, **options: Any) -> tuple[Term, ...]:
+    """Read a spec and check that what it names exists, without loading a model or running a user's file.
+
+    Args:
+        spec: "clip", "my_module:attribute", "my_file.py:attribute", a weighted sum "clip:0.7+my_file.py:sharp:0.3",
+            a mapping {"name": ..., "weight": ..., further keys are options}, or a list of names and mappings.
+            A path with a "+" in it needs the mapping.
+        options: of the reward, where the spec names only one.
+
+    Raises:
+        ValueError: an unknown name, file, module, attribute or option (with the nearest valid one), a bad weight.
+    """
+    items = [spec] if isinstance(spec, (str, Mapping)) else list(spec)
+    terms = [term for item in items for term in (_read_sum(item) if isinstance(item, str) else [_read_mapping(item)])]
+    if not terms:
+        raise ValueError("spec: got an empty list, expected at least one reward")
+    if options and len(terms) > 1:
+        raise ValueError(
+            f"spec: got {spec!r} with options {sorted(options)}, expected one reward; give options by mapping"
+        )
+    if options:
+        terms = [replace(terms[0], options={**terms[0].options, **options})]
+    seen: dict[str, int] = {}
+    for k, term in enumerate(terms):
+        _check_term(term)
+        label = term.name.rpartition(":")[2]
+        seen[label] = seen.get(label, 0) + 1
+        terms[k] = replace(term, label=label if seen[label] == 1 else f"{label}_{seen[label]}")
+    return tuple(terms)
+
+
+def make_reward(spec: RewardSpec, **options: Any) -> Reward:
+    """Build the reward that `parse_spec(spec, **options)` describes; a sum, or a weight, gives a CombinedReward.
+
+    A file's or module's attribute is the reward itself if it is a function whose first argument is `images`; any other
+    callable, such as a class, is called with the options and gives the reward.
+    """
+    terms = parse_spec(spec, **options)
+    members = [Member(term.label, term.weight, _make_term(term)) for term in terms]
+    if len(members) == 1 and members[0].weight == 1:
+        return members[0].reward
+    return CombinedReward(members)
+
+
+def _read_sum(text: str) -> list[Term]:
+    terms = []
+    for part in (part.strip() for part in text.split("+")):
+        head, colon, tail = part.rpartition(":")
+        weight = _number(tail) if colon else None
+        terms.append(Term(part) if weight is None else Term(head, _checked_weight(weight)))
+    return terms
+
+
+def _read_mapping(item: Mapping[str, Any]) -> Term:
+    if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
+        raise ValueError(f"spec: got {item!r}, expected a string or a mapping with 'name'")
+    options = {key: value for key, value in item.items() if key not in ("name", "weight")}
+    return Term(item["name"], _checked_weight(item.get("weight", 1.0)), options)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _checked_weight(weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"weight: got {weight!r}, expected a finite number")
+    return float(weight)
+
+
+def _check_term(term: Term) -> None:
+    location, colon, attribute = term.name.rpartition(":")
+    if not colon:
+        if term.name.endswith(".py") or "/" in term.name:
+            raise ValueError(f"spec: got {term.name!r}, expected 'path/to/file.py:attribute'")
+        if term.name not in reward_names():
+            raise unknown_name("spec", term.name, [*reward_names(), "module:attribute", "file.py:attribute"])
+        factory = reward_factory(term.name)
+        _check_options(term, factory)
+        preflight = getattr(factory, "preflight", None)  # what can be said of the options without loading anything
+        if preflight is not None:
+            preflight(term.options)
+        return
+    if location in reward_names():
+        raise ValueError(f"spec: got {term.name!r}, expected '{location}:WEIGHT' with a number")
+    names = (
+        _names_in_file(Path(location), term.name) if location.endswith(".py") else _names_in_module(location, term.name)
+    )
+    if names is not None and attribute not in names:
+        raise unknown_name(f"attribute of {location!r}", attribute, (n for n in names if not n.startswith("_")))
+
+
+def _names_in_file(path: Path, spec: str) -> set[str] | None:
+    """Names that a Python file defines at its top level, read without running it; None where that cannot be told."""
+    if not path.expanduser().is_file():
+        raise ValueError(f"spec: got {spec!r}, but there is no file {str(path)!r} (looked from {Path.cwd()})")
+    try:
+        tree = ast.parse(path.expanduser().read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"spec: got {spec!r}, but {str(path)!r} is not valid Python: {error}") from error
+    names: set[str] = set()
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        else:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            todo.extend(ast.iter_child_nodes(node))
+    return None if names & {"*", "__getattr__"} else names
+
+
+def _names_in_module(module: str, spec: str) -> set[str] | None:
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise ValueError(
+            f"spec: got {spec!r}, but there is no module {module!r} to import; put its folder on PYTHONPATH, "
+            "or name the file: 'path/to/file.py:attribute'"
+        )
+    return _names_in_file(Path(found.origin), spec) if found.origin and found.origin.endswith(".py") else None
+
+
+def _check_options(term: Term, factory: Callable) -> None:
+    """Raise ValueError unless the factory takes these options and misses none."""
+    signature = inspect.signature(factory)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for option in term.options:
+            if option not in signature.parameters:
+                raise unknown_name(f"option of reward {term.name!r}", option, signature.parameters)
+    try:
+        signature.bind(**term.options)
+    except TypeError as error:
+        raise ValueError(f"options of reward {term.name!r}: {error}; it takes {signature}") from error
+
+
+def _make_term(term: Term) -> Reward:
+    location, colon, attribute = term.name.rpartition(":")
+    if not colon:
+        return as_reward(reward_factory(term.name)(**term.options), term.label)
+    try:
+        module = _import_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
+        found = getattr(module, attribute)
+    except Exception as error:
+        raise ValueError(f"spec: could not import {term.name!r}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"spec: got {term.name!r}, which is a {type(found).__name__}, expected a function or a class")
+    if not isinstance(found, type) and next(iter(inspect.signature(found).parameters), None) == "images":
+        if term.options:
+            raise ValueError(
+                f"options of reward {term.name!r}: got {sorted(term.options)}, expected none for a function of images; "
+                "a class or a function that returns the reward takes options"
+            )
+        return as_reward(found, term.label)
+    required = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty]
+    if not isinstance(found, type) and required and not term.options:
+        raise ValueError(
+            f"spec: got {term.name!r} with arguments {inspect.signature(found)}; a reward function's first argument is "
+            "called 'images', any other function is called with the options and returns the reward"
+        )
+    _check_options(term, found)
+    return as_reward(found(**term.options), term.label)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file once per process, under a name of its own, without touching sys.path."""
+    path = path.expanduser().resolve()
+    name = f"visalign_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None  # a path ending in .py always has a loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
