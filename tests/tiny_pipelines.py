@@ -3,6 +3,7 @@
 `FAMILIES` maps a family's name to its `Family`: how to build it, and how to call it.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from visalign.calibration import recorded
+from visalign.generator import Generator, to_supported_scheduler
+from visalign.pipeline_calls import to_images
+from visalign.transitions import ode_of
 
 PROMPTS = ["a red square", "blue circle, two green triangles"]
 _TEXT = [
@@ -358,7 +364,7 @@ def make(name: str, seed: int = 0) -> Any:
         pipeline = FAMILIES[name].build()
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
-                _fill(component)
+                _fill(component.eval())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -377,3 +383,94 @@ def shrink_condition_images(monkeypatch: Any) -> None:
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 64, None))
+
+
+NUM_STEPS, SEEDS = 4, [3, 4]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Largest absolute differences between a family driven by a Generator and its stock pipeline; None: no such check.
+
+    Attributes:
+        noise: the loop's first latents.
+        prediction: what `predict` gives at each state of the stock run.
+        trajectory: final latents of the ODE (flow Euler or DDIM) driven through `denoise`.
+        decode: images of the stock run's final latents.
+        batch: final latents of the second sample alone and in the batch.
+        gradients: norms of the denoiser's gradient through `predict` and through `denoise(grad_steps=...)`.
+        others: number of parameters outside the denoiser that got a gradient.
+    """
+
+    noise: float
+    prediction: float
+    trajectory: float | None
+    decode: float
+    batch: float
+    gradients: tuple[float, float]
+    others: int
+
+    @property
+    def passed(self) -> bool:
+        """All differences within 1e-5, gradients at the denoiser and nowhere else."""
+        differences = (self.noise, self.prediction, self.trajectory or 0.0, self.decode, self.batch)
+        return max(differences) <= 1e-5 and all(0 < norm < float("inf") for norm in self.gradients) and not self.others
+
+
+@functools.cache
+def measure(name: str) -> Measured:
+    """Drive one family and its untouched twin (only the scheduler is a supported one) from the same seeds."""
+    family, stock = FAMILIES[name], make(name)
+    stock.scheduler = to_supported_scheduler(stock.scheduler)
+    generator = Generator(make(name), num_steps=NUM_STEPS, **family.options)
+    call: Any = (PROMPTS, SEEDS)
+    inputs = family.inputs(2)
+    with recorded(stock.scheduler) as record:
+        images = to_images(stock(**generator.arguments(*call, **inputs)))
+    states, predictions, following = zip(*record)
+
+    noise = distance(generator.noise(*call, **inputs), states[0])
+    again = [generator.predict(x, i, *call, **inputs).detach() for i, x in enumerate(states)]
+    prediction = max(distance(a, b) for a, b in zip(again, predictions))
+
+    def ode(step_index: int, latents: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        schedule = generator.schedule
+        return ode_of(schedule)(schedule, step_index, latents, prediction)[0].mean
+
+    with torch.no_grad():
+        final = generator.denoise(*call, ode, **inputs)
+        alone = generator.denoise(PROMPTS[1:], SEEDS[1:], ode, **family.inputs(1))
+        decode = distance(generator.decode(following[-1], *call, **inputs), images)
+    trajectory = None if generator.schedule.kind == "consistency" else distance(final, following[-1])
+    gradients = (
+        _gradient(generator, lambda: generator.predict(states[1], 1, *call, **inputs).square().mean().backward()),
+        _gradient(generator, lambda: generator.denoise(*call, ode, grad_steps={2}, **inputs).mean().backward()),
+    )
+    own = {id(p) for module in generator.denoisers.values() for p in module.parameters()}
+    modules = (m for m in generator.pipeline.components.values() if isinstance(m, torch.nn.Module))
+    others = sum(p.grad is not None and id(p) not in own for m in modules for p in m.parameters())
+    return Measured(noise, prediction, trajectory, decode, distance(alone, final[1:]), gradients, others)
+
+
+def _gradient(generator: Generator, run: Callable[[], Any]) -> float:
+    generator.denoiser.zero_grad()
+    run()
+    norms = [p.grad.norm() for p in generator.denoiser.parameters() if p.grad is not None]
+    return torch.stack(norms).norm().item() if norms else 0.0
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; infinite for different shapes."""
+    return (a.detach().float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")
+
+
+@torch.no_grad()
+def picture(name: str) -> torch.Tensor:
+    """One small image or video of a family, driven along its ODE."""
+    generator = Generator(make(name), num_steps=2, **FAMILIES[name].options)
+
+    def ode(step_index: int, latents: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        schedule = generator.schedule
+        return ode_of(schedule)(schedule, step_index, latents, prediction)[0].mean
+
+    return generator.denoise(PROMPTS[:1], [7], ode, decode=True)[1]

@@ -1,13 +1,16 @@
 """Measuring a pipeline against itself: what its loop looks like, and whether driving it changes anything."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from visalign.driver import PipelineDriver
+from visalign.loop import LoopRun
 from visalign.pipeline_calls import to_images
 from visalign.stepping import UnsupportedPipeline
 from visalign.transitions import ode_of
@@ -16,143 +19,132 @@ if TYPE_CHECKING:
     from visalign.generator import Generator
 
 
+Call = tuple[list[str], list[int], dict[str, Any]]  # prompts, seeds, inputs
+
+
 @dataclass(frozen=True)
 class Learned:
-    """What one short run tells of a pipeline.
+    """What one run tells of a pipeline.
 
     Attributes:
         denoisers: components that run inside the loop.
         first, last: the loop's first step (above 0 for image-to-image) and its last.
-        dtype: of the loop's latents.
-        takes_latents: the call's `latents` arrive in the loop as they are.
+        feed: (first, dtype of the loop's latents) if the call's `latents` arrive in the loop as they are, else None.
     """
 
     denoisers: tuple[str, ...]
     first: int
     last: int
-    dtype: torch.dtype
-    takes_latents: bool
+    feed: tuple[int, torch.dtype] | None = None
 
 
 @torch.no_grad()
-def learn(generator: "Generator", prompts: list[str], seeds: list[int], inputs: dict[str, Any]) -> Learned:
-    """One whole run, along the ODE, with the real scheduler's step beside ours; then a prediction or two again.
+def learn(driver: PipelineDriver, call: Call, compare: bool = True) -> Learned:
+    """Learn from one whole run along the ODE, to which the real scheduler's step and a few predictions are compared.
 
     Raises:
-        UnsupportedPipeline: the loop is not one step per timestep, or our step or prediction differs from the stock
-            one; says by how much.
+        UnsupportedPipeline: the loop is not one step per timestep, or (`compare`) our step or prediction differs from
+            the stock one; says by how much.
     """
     states: list[Tensor] = []
     predictions: list[Tensor] = []
-    inner = generator.pipeline.scheduler.inner
+    name = type(driver.pipeline).__name__
 
     def step_fn(step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
-        schedule = generator.schedule
+        schedule = driver.schedule
+        assert schedule is not None
         states.append(latents)
         predictions.append(prediction)
         following = ode_of(schedule)(schedule, step_index, latents, prediction)[0].mean
-        if generator.calibrate and _has_own_step(inner, generator.num_steps):
-            stock = inner.step(prediction, schedule.timesteps[step_index], latents, return_dict=False)[0]
-            _refuse(generator, "step", stock, following, torch.float32)
+        if compare and _has_own_step(driver.scheduler, schedule.num_steps):
+            stock = driver.scheduler.step(prediction, schedule.timesteps[step_index], latents, return_dict=False)[0]
+            _refuse(name, f"step {step_index}", stock, following, torch.float32)
         return following
 
-    called: dict[str, None] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name) if in_loop() else None)
-        for name, module in generator.pipeline.components.items()
-        if isinstance(module, nn.Module)
-    ]
-
-    def in_loop() -> bool:
-        control = generator.pipeline.scheduler.control
-        return control is not None and control.at is not None
-
-    try:
-        run, _ = generator._run(prompts, seeds, inputs, step_fn, steps=None, output_type="latent")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    name, count = type(generator.pipeline).__name__, generator.schedule.num_steps
-    if not run.seen or run.seen != list(range(run.seen[0], count)):
-        raise UnsupportedPipeline(
-            f"pipeline: got {name}, with steps {run.seen}, expected one pass up to step {count - 1}"
-        )
-    assert run.dtype is not None
-    learned = Learned(tuple(called), run.seen[0], run.seen[-1], run.dtype, takes_latents=False)
-    learned = _with_latents(generator, learned, states[0], prompts, seeds, inputs)
-    if generator.calibrate:
-        for index in {0, len(states) - 1}:
-            again = _predict(generator, learned, states[index], run.seen[index], prompts, seeds, inputs)
-            _refuse(generator, f"prediction at step {run.seen[index]}", predictions[index], again, run.dtype)
+    with _modules_in_loop(driver) as called:
+        run, _ = driver.run(*call, step_fn, output_type="latent")
+    count = driver.schedule.num_steps if driver.schedule else 0
+    if not run.seen or run.dtype is None or run.seen != list(range(run.seen[0], count)):
+        raise UnsupportedPipeline(f"pipeline: got {name} with steps {run.seen}, expected one pass up to {count - 1}")
+    learned = Learned(tuple(called), run.seen[0], run.seen[-1])
+    if "latents" in driver.parameters and _takes_latents(driver, learned, states[0], run.dtype, call):
+        learned = replace(learned, feed=(learned.first, run.dtype))
+    for index in sorted({0, len(states) - 1}) if compare else ():
+        again = _predict(driver, learned, states[index], run.seen[index], call)
+        _refuse(name, f"prediction at step {run.seen[index]}", predictions[index], again, run.dtype)
     return learned
 
 
-def _has_own_step(inner: Any, num_steps: int) -> bool:
+@contextlib.contextmanager
+def _modules_in_loop(driver: PipelineDriver) -> Iterator[dict[str, None]]:
+    """Names of the components that run while a step is under way, in the order of their first call."""
+    called: dict[str, None] = {}
+
+    def note(name: str) -> None:
+        control = driver.stand_in.control
+        if isinstance(control, LoopRun) and control.at is not None:
+            called.setdefault(name)
+
+    modules = driver.modules(list(driver.pipeline.components))
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: note(name)) for name, m in modules.items()]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _has_own_step(scheduler: Any, num_steps: int) -> bool:
     """Whether the scheduler's own step is the plain formula on the schedule's own levels."""
-    if "FlowMatch" in type(inner).__name__:
+    name, config = type(scheduler).__name__, scheduler.config
+    if "FlowMatch" in name:
         return True
-    on_grid = inner.config.get("timestep_spacing") == "leading" or inner.config.num_train_timesteps % num_steps == 0
-    return "DDIM" in type(inner).__name__ and on_grid
+    on_grid = config.get("timestep_spacing") == "leading" or config.num_train_timesteps % num_steps == 0
+    return "DDIM" in name and on_grid
 
 
-def _refuse(generator: "Generator", what: str, stock: Tensor, ours: Tensor, dtype: torch.dtype) -> None:
-    difference, scale = (stock.float() - ours.float()).abs().max().item(), stock.abs().max().item()
+def _refuse(name: str, what: str, stock: Tensor, ours: Tensor, dtype: torch.dtype) -> None:
+    difference, scale = _distance(stock, ours), stock.abs().max().item()
     tolerance = (1e-4 if dtype == torch.float32 else 2e-2) * max(scale, 1e-6)
     if not difference <= tolerance:
         raise UnsupportedPipeline(
-            f"pipeline: got {type(generator.pipeline).__name__}, whose {what} differs from the stock one by "
-            f"{difference:.1e}, expected at most {tolerance:.1e}"
+            f"pipeline: got {name}, whose {what} differs from the stock one by {difference:.1e}, "
+            f"expected at most {tolerance:.1e}"
         )
 
 
-def _predict(
-    generator: "Generator", learned: Learned, latents: Tensor, step: int, prompts: Any, seeds: Any, inputs: Any
-) -> Tensor:
+def _predict(driver: PipelineDriver, learned: Learned, latents: Tensor, step: int, call: Call) -> Tensor:
     seen: list[Tensor] = []
-    generator._run(
-        prompts,
-        seeds,
-        inputs,
-        lambda _i, _x, prediction: seen.append(prediction),  # type: ignore[arg-type, return-value]
-        learned=learned,
-        steps={step},
-        states={step: latents},
-        leave=True,
-    )
+
+    def step_fn(_step: int, _latents: Tensor, prediction: Tensor) -> None:
+        seen.append(prediction)
+
+    options = dict(denoisers=learned.denoisers, feed=learned.feed, steps={step}, states={step: latents}, leave=True)
+    driver.run(*call, step_fn, **options)
     return seen[0]
 
 
-def _with_latents(
-    generator: "Generator", learned: Learned, noise: Tensor, prompts: Any, seeds: Any, inputs: Any
-) -> Learned:
+def _takes_latents(driver: PipelineDriver, learned: Learned, noise: Tensor, dtype: torch.dtype, call: Call) -> bool:
     """Whether latents given to the call arrive unchanged in the loop."""
-    if "latents" not in generator._parameters:
-        return learned
-    given, seen = noise.flip(0) + 1, []
-    accepting = Learned(learned.denoisers, learned.first, learned.last, learned.dtype, takes_latents=True)
-    first = {learned.first}
-    with contextlib.suppress(ValueError, TypeError, RuntimeError, IndexError):
-        generator._run(
-            prompts,
-            seeds,
-            inputs,
-            lambda _i, latents, _v: seen.append(latents),  # type: ignore[arg-type, return-value]
-            learned=accepting,
-            steps=first,
-            states={learned.first: given},
-            leave=True,
-            stub_all=True,
-        )
-    arrived = bool(seen) and seen[0].shape == given.shape and torch.equal(seen[0], given)
-    return accepting if arrived else learned
+    first, given = learned.first, noise.flip(-1) + 1
+    seen: list[Tensor] = []
+
+    def step_fn(_step: int, latents: Tensor, _prediction: Tensor) -> None:
+        seen.append(latents)
+
+    options = dict(denoisers=learned.denoisers, steps={first}, states={first: given}, leave=True, stub_all=True)
+    with contextlib.suppress(ValueError, TypeError, RuntimeError, IndexError):  # another layout
+        driver.run(*call, step_fn, feed=(first, dtype), **options)
+    return bool(seen) and seen[0].shape == given.shape and torch.equal(seen[0], given)
 
 
 @contextlib.contextmanager
-def _recorded(inner: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+def recorded(scheduler: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
     """What the scheduler's own `step` gets and gives meanwhile: (latents, prediction, next latents) of each step."""
     record: list[tuple[Tensor, Tensor, Tensor]] = []
-    step = inner.step
+    step = scheduler.step
 
+    @functools.wraps(step)  # pipelines look at its signature
     def recording(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = step(model_output, timestep, sample, *args, **kwargs)
         if model_output.shape[1] == 2 * sample.shape[1]:
@@ -161,11 +153,11 @@ def _recorded(inner: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         record.append((sample.clone(), model_output.clone(), following.clone()))
         return out
 
-    inner.step = recording
+    scheduler.step = recording
     try:
         yield record
     finally:
-        del inner.step
+        scheduler.step = step
 
 
 @torch.no_grad()
@@ -179,11 +171,9 @@ def check(
         call (absent for consistency models, whose stock steps draw noise). decode: images of the stock final latents.
         image: of the driven run. batch: final latents of the first sample alone (absent for one prompt, or inputs).
     """
-    pipe, inner = generator.pipeline, generator.pipeline.scheduler.inner
-    prompts, seeds = list(prompts), list(seeds)
     first = generator._learn(prompts, seeds, inputs).first
-    with _recorded(inner) as record:
-        images = to_images(pipe(**generator.arguments(prompts, seeds, **inputs)))
+    with recorded(generator.pipeline.scheduler) as record:
+        images = to_images(generator.pipeline(**generator.arguments(prompts, seeds, **inputs)))
     differences = {"noise": _distance(generator.noise(prompts, seeds, **inputs), record[0][0])}
     differences["prediction"] = max(
         _distance(generator.predict(latents.float(), first + i, prompts, seeds, **inputs), prediction)

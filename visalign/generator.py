@@ -14,22 +14,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from visalign.calibration import Learned, check, learn
-from visalign.loop import LoopRun, StepFn
-from visalign.pipeline_calls import (
-    call_arguments,
-    call_parameters,
-    check_batch,
-    check_names,
-    folder_defaults,
-    own_random_state,
-    refuse_unfit,
-    to_images,
-)
-from visalign.prompt_memo import PromptMemo
-from visalign.schedulers import schedule_of, to_supported_scheduler
-from visalign.stepping import LeaveLoop, SchedulerStandIn, UnsupportedPipeline
-from visalign.stubs import Stubs
+from visalign.driver import PipelineDriver
+from visalign.loop import StepFn
+from visalign.pipeline_calls import call_parameters, check_batch, check_names, folder_defaults, refuse_unfit, to_images
+from visalign.schedulers import to_supported_scheduler
+from visalign.stepping import UnsupportedPipeline
 from visalign.transitions import Schedule
+
+__all__ = ["Generator", "UnsupportedPipeline", "to_supported_scheduler"]
 
 _USUAL_DENOISERS = ("transformer", "unet", "transformer_2", "decoder", "prior")
 
@@ -69,18 +61,15 @@ class Generator:
         if num_steps < 1:
             raise ValueError(f"num_steps: got {num_steps}, expected >= 1")
         refuse_unfit(pipeline)
+        check_names(call_kwargs, call_parameters(pipeline))
+        settings = {"num_inference_steps": num_steps, **call_kwargs}
+        if guidance_scale is not None:
+            check_names({"guidance_scale"}, call_parameters(pipeline))
+            settings["guidance_scale"] = guidance_scale
         self.pipeline, self.num_steps, self.guidance_scale = pipeline, num_steps, guidance_scale
-        self.seed_device, self.calibrate = seed_device, calibrate
-        self._parameters = call_parameters(pipeline)
-        if guidance_scale is not None and "guidance_scale" not in self._parameters:
-            raise ValueError(f"guidance_scale: got {guidance_scale}, expected None ({_name(pipeline)} has no guidance)")
-        check_names(call_kwargs, self._parameters)
-        self.call_kwargs = call_kwargs
-        self._stubs = Stubs()
+        self.call_kwargs, self.calibrate = call_kwargs, calibrate
+        self._driver = PipelineDriver(pipeline, settings, seed_device)
         self._learned: dict[frozenset[str], Learned] = {}
-        self._schedule: Schedule | None = None
-        self._released: dict[str, nn.Module] = {}
-        self._install()
 
     @classmethod
     def from_pretrained(
@@ -121,37 +110,44 @@ class Generator:
     def denoisers(self) -> dict[str, nn.Module]:
         """The modules that run inside the loop, by component name (before the first use: those of the usual names)."""
         names = dict.fromkeys(name for learned in self._learned.values() for name in learned.denoisers)
-        modules = self.pipeline.components
-        return {n: modules[n] for n in names or _USUAL_DENOISERS if isinstance(modules.get(n), nn.Module)}
+        return self._driver.modules(list(names) or list(_USUAL_DENOISERS))
 
     @property
     def denoiser(self) -> nn.Module:
         """The main one of `denoisers`: the transformer or U-Net."""
         denoisers = self.denoisers
         if not denoisers:
-            raise UnsupportedPipeline(f"pipeline: got {_name(self.pipeline)}, expected one with a denoiser")
+            name = type(self.pipeline).__name__
+            raise UnsupportedPipeline(
+                f"pipeline: got {name} without a module named so, expected one of {_USUAL_DENOISERS}"
+            )
         return next((denoisers[name] for name in _USUAL_DENOISERS if name in denoisers), next(iter(denoisers.values())))
 
     @property
     def schedule(self) -> Schedule:
         """The noise levels of the latest call, after the pipeline's own `set_timesteps`; runs a first use if none."""
-        if self._schedule is None:
+        if self._driver.schedule is None:
             self.noise(["a photo"], [0])
-        assert self._schedule is not None
-        return self._schedule
+        assert self._driver.schedule is not None
+        return self._driver.schedule
+
+    def arguments(self, prompts: Sequence[str], seeds: Sequence[int], **inputs: Any) -> dict[str, Any]:
+        """The keyword arguments with which the pipeline is called; also right for a stock call of `pipeline`."""
+        return self._driver.arguments(prompts, seeds, inputs)
 
     # What it does ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def noise(self, prompts: Sequence[str], seeds: Sequence[int], **inputs: Any) -> Tensor:
         """The loop's first latents, (N, ...) float32, drawn sample by sample from `seeds`."""
-        first = self._learn(prompts, seeds, inputs).first
+        learned = self._learn(prompts, seeds, inputs)
         seen: list[Tensor] = []
 
         def step_fn(_step_index: int, latents: Tensor, _prediction: Tensor) -> None:
             seen.append(latents)
 
-        self._run(prompts, seeds, inputs, step_fn, steps={first}, leave=True, stub_all=True)
+        options = dict(denoisers=learned.denoisers, steps={learned.first}, leave=True, stub_all=True)
+        self._driver.run(prompts, seeds, inputs, step_fn, **options)
         return seen[0]
 
     def predict(
@@ -196,8 +192,9 @@ class Generator:
                 to state is teacher forcing: exactly these steps run, each on its own state, and `step_fn` may return
                 None wherever its result is not needed.
             decode: also decode the final latents.
-            grad_steps: the steps that record gradients, if grad is enabled; None: all that run. Backward may be called
-                inside `step_fn`; what it returns should then be detached, or the next step extends the freed graph.
+            grad_steps: the steps whose prediction has a gradient, if grad is enabled; None: all that run. At others
+                gradients still pass along the latents. Backward may be called inside `step_fn`; what it returns should
+                then be detached, or the next step extends the freed graph.
             inputs: arguments of the pipeline for this call (image, ...).
 
         Returns:
@@ -221,8 +218,11 @@ class Generator:
                 raise ValueError(f"step_index: got {step}, expected {valid.start} .. {valid.stop - 1}")
             if len(state) != len(prompts):
                 raise ValueError(f"latents: got {len(state)} at step {step}, expected {len(prompts)}, one per prompt")
-        run, media = self._run(
-            prompts, seeds, inputs, step_fn, steps=steps, states=states, leave=not decode, grad_steps=grad_steps
+        if not steps and not decode:
+            return states[start] if states else self.noise(prompts, seeds, **inputs)
+        options = dict(denoisers=learned.denoisers, feed=learned.feed, grad_steps=grad_steps)
+        run, media = self._driver.run(
+            prompts, seeds, inputs, step_fn, steps=steps, states=states, leave=not decode, **options
         )
         return (run.latents, to_images(media)) if decode else run.latents
 
@@ -236,51 +236,23 @@ class Generator:
 
     def check(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **inputs: Any) -> dict[str, float]:
         """Largest absolute differences to stock runs of the pipeline, see `calibration.check`."""
-        return check(self, list(prompts), _or_zeros(seeds, prompts), inputs)
+        seeds = _or_zeros(seeds, prompts)
+        return check(self, prompts, seeds, inputs)
 
-    # Prompts ---------------------------------------------------------------------------------------------------------
+    # Prompts, and the end --------------------------------------------------------------------------------------------
 
     def clear_prompts(self) -> None:
         """Forget all prompt embeddings; needed after a change of the text encoders' weights."""
-        if self._memo is not None:
-            self._memo.clear()
+        if self._driver.memo is not None:
+            self._driver.memo.clear()
 
     def release_text_encoders(self) -> None:
         """Take the text encoders out of the pipeline, to the CPU; only prompts encoded before can then be used."""
-        if self._memo is None:
-            raise UnsupportedPipeline(f"pipeline: got {_name(self.pipeline)}, expected one with encode_prompt")
-        self._memo.frozen = True
-        for name, module in self.pipeline.components.items():
-            if name.startswith("text_encoder") and isinstance(module, nn.Module):
-                self._released[name] = module.to("cpu")
-                self.pipeline.__dict__[name] = None
-
-    # Installing ------------------------------------------------------------------------------------------------------
-
-    def _install(self) -> None:
-        pipe = self.pipeline
-        self._stock_scheduler = pipe.scheduler
-        self._stand_in = SchedulerStandIn(to_supported_scheduler(pipe.scheduler))
-        pipe.__dict__["scheduler"] = self._stand_in  # not setattr, which would rewrite pipe.config
-        self._progress = dict(getattr(pipe, "_progress_bar_config", {}))
-        pipe.set_progress_bar_config(disable=True)
-        self._memo = PromptMemo(pipe.encode_prompt) if hasattr(pipe, "encode_prompt") else None
-        if self._memo is not None:
-            pipe.__dict__["encode_prompt"] = self._memo.encode
-        for module in pipe.components.values():
-            if isinstance(module, nn.Module):
-                module.eval()  # text encoders built directly keep their dropout on
+        self._driver.release_text_encoders()
 
     def close(self) -> None:
-        """Give the pipeline its scheduler, text encoders and `encode_prompt` back."""
-        self._stubs.off()
-        if self.pipeline.__dict__.get("scheduler") is self._stand_in:
-            self.pipeline.__dict__["scheduler"] = self._stock_scheduler
-        if self._memo is not None:
-            self.pipeline.__dict__.pop("encode_prompt", None)
-        self.pipeline.__dict__.update(self._released)
-        self._released.clear()
-        self.pipeline._progress_bar_config = self._progress
+        """Give the pipeline its own scheduler, text encoders and `encode_prompt` back."""
+        self._driver.close()
 
     def __enter__(self) -> "Generator":
         return self
@@ -288,65 +260,15 @@ class Generator:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    # One call --------------------------------------------------------------------------------------------------------
-
-    def arguments(self, prompts: Sequence[str], seeds: Sequence[int], **inputs: Any) -> dict[str, Any]:
-        """The keyword arguments with which the pipeline is called, also for a stock call of `pipeline`."""
-        check_batch(prompts, seeds)
-        check_names(inputs, self._parameters)
-        settings = {"num_inference_steps": self.num_steps, "output_type": "pt", "return_dict": False}
-        if self.guidance_scale is not None:
-            settings["guidance_scale"] = self.guidance_scale
-        settings |= {**self.call_kwargs, **inputs}
-        return call_arguments(self._parameters, settings, prompts, seeds, self.seed_device)
-
     def _learn(self, prompts: Sequence[str], seeds: Sequence[int], inputs: dict[str, Any]) -> Learned:
         """What the first call with inputs of these names tells of the pipeline."""
         key = frozenset(inputs)
         if key not in self._learned:
             check_batch(prompts, seeds)
             count = len(prompts) if inputs else 1  # inputs may be one per prompt
-            self._learned[key] = learn(self, list(prompts)[:count], list(seeds)[:count], inputs)
+            call = (list(prompts)[:count], list(seeds)[:count], inputs)
+            self._learned[key] = learn(self._driver, call, compare=self.calibrate)
         return self._learned[key]
-
-    def _run(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        inputs: dict[str, Any],
-        step_fn: StepFn,
-        *,
-        learned: Learned | None = None,
-        output_type: str = "pt",
-        **options: Any,
-    ) -> tuple[LoopRun, Any]:
-        """Call the pipeline under a `LoopRun` with these options; returns the run and the pipeline's output."""
-        arguments = self.arguments(prompts, seeds, **inputs)
-        if "output_type" in arguments:
-            arguments["output_type"] = output_type
-        learned = learned or self._learned.get(frozenset(inputs))
-        denoisers = {name: self.pipeline.components[name] for name in (learned.denoisers if learned else ())}
-        run = LoopRun(step_fn, self._stubs, denoisers, self._on_schedule, grad=torch.is_grad_enabled(), **options)
-        first = run.states.get(learned.first) if learned else None
-        if learned and first is not None and learned.takes_latents:
-            arguments["latents"] = first.detach().to(learned.dtype, copy=True)
-            run.feed(first, arguments["latents"])
-        if self._stand_in.control is not None:
-            raise RuntimeError("pipeline: got a call from inside step_fn, expected one call at a time")
-        self._stand_in.control = run
-        media = None
-        try:
-            with own_random_state(int(seeds[0]), self.device):
-                media = type(self.pipeline).__call__(self.pipeline, **arguments)
-        except LeaveLoop:
-            pass
-        finally:
-            self._stand_in.control = None
-            self._stubs.off()
-        return run, media
-
-    def _on_schedule(self, scheduler: Any) -> None:
-        self._schedule = schedule_of(scheduler)
 
 
 def _never(step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
@@ -355,7 +277,3 @@ def _never(step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
 
 def _or_zeros(seeds: Sequence[int] | None, prompts: Sequence[str]) -> Sequence[int]:
     return [0] * len(prompts) if seeds is None else seeds
-
-
-def _name(pipeline: Any) -> str:
-    return type(pipeline).__name__

@@ -74,22 +74,23 @@ class LoopRun:
                 "pipeline: got a step outside its loop over scheduler.timesteps, expected one per timestep"
             )
         step, self.dtype = self.at, latents.dtype
-        state = self._state(latents)
-        following: Tensor | None = state
-        if self._handover:
-            following = self.states[step]
-        else:
-            self.seen.append(step)
-            if self._runs(step):
-                following = self.step_fn(step, state, prediction.float())
-                _check_next(following, state, step, optional=self._need_no_next(step))
-                self.latents = following
-                if self.leave and self.steps is not None and step == max(self.steps):
-                    raise LeaveLoop
-            following = self.states.get(step + 1, state if following is None else following)
-            self.latents = following
-        assert following is not None
+        with torch.set_grad_enabled(self.grad):  # along the latents, also where the prediction is a constant
+            following = self._next(step, self._state(latents), prediction)
         return self._hand(following, latents.dtype)
+
+    def _next(self, step: int, state: Tensor, prediction: Tensor) -> Tensor:
+        if self._handover:
+            return self.states[step]
+        self.seen.append(step)
+        following: Tensor | None = state
+        if self._runs(step):
+            following = self.step_fn(step, state, prediction.float())
+            _check_next(following, state, step, optional=self._need_no_next(step))
+            self.latents = following
+            if self.leave and self.steps is not None and step == max(self.steps):
+                raise LeaveLoop
+        self.latents = self.states.get(step + 1, state if following is None else following)
+        return self.latents
 
     def _runs(self, step: int) -> bool:
         return not self._handover and (self.steps is None or step in self.steps)

@@ -27,7 +27,9 @@ class Stubs:
             return
         for name, module in modules.items():
             # A module compiled in place would call its compiled forward and never look at ours.
-            saved: dict[str, Any] = {key: module.__dict__[key] for key in ("forward", "_compiled_call_impl") if key in module.__dict__}
+            saved: dict[str, Any] = {
+                key: module.__dict__[key] for key in ("forward", "_compiled_call_impl") if key in module.__dict__
+            }
             self._switched.append((module, saved))
             real = module.forward
             module.__dict__.pop("_compiled_call_impl", None)
