@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_images
@@ -31,8 +30,11 @@ def find_head(weights: str | Path | None) -> Path:
     return path
 
 
-def load_head(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases of the five linear layers, float32, from a .pth (tensors only) or safetensors file.
+def load_head(path: Path) -> tuple[Tensor, Tensor]:
+    """The head in a .pth (tensors only) or safetensors file as what five linear layers in a row are: one affine map.
+
+    Returns:
+        weight (D,) and bias (), float32, multiplied out in float64: the score of features is weight . features + bias.
 
     Raises:
         ValueError: keys other than `layers.{0,2,4,6,7}.{weight,bias}`, or shapes that do not follow on each other.
@@ -52,16 +54,18 @@ def load_head(path: Path) -> list[tuple[Tensor, Tensor]]:
         raise ValueError(
             f"weights: got a file {str(path)!r} with missing or extra keys {odd}, expected the layout of {FILE}"
         )
-    layers = [(state[f"layers.{k}.weight"].float(), state[f"layers.{k}.bias"].float()) for k in LAYERS]
-    width = layers[0][0].shape[-1]
+    layers = [(state[f"layers.{k}.weight"].double(), state[f"layers.{k}.bias"].double()) for k in LAYERS]
+    width = inputs = layers[0][0].shape[-1]
+    matrix, offset = torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64)
     for k, (weight, bias) in zip(LAYERS, layers):
         if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
             got = f"{tuple(weight.shape)} with bias {tuple(bias.shape)}"
             raise ValueError(f"weights: got layers.{k} of shape {got}, expected input width {width}")
         width = weight.shape[0]
+        matrix, offset = weight @ matrix, weight @ offset + bias
     if width != 1:
         raise ValueError(f"weights: got {width} outputs, expected 1")
-    return layers
+    return matrix.squeeze(0).float(), offset.squeeze(0).float()
 
 
 @register_reward("aesthetic")
@@ -89,9 +93,9 @@ class AestheticReward:
         download: bool = False,
     ) -> None:
         check_clip_options(model, pretrained, dtype)
-        self._layers = load_head(find_head(weights))
+        self._weight, self._bias = load_head(find_head(weights))
         self.encoder = ClipEncoder(model, pretrained, device, dtype, download)
-        head, clip = self._layers[0][0].shape[1], self.encoder.embedding_size
+        head, clip = len(self._weight), self.encoder.embedding_size
         if head != clip:
             raise ValueError(f"weights: got a head for {head} features, expected {clip}, as {model!r} gives")
 
@@ -106,8 +110,6 @@ class AestheticReward:
         """images: (N, 3, H, W) in [0, 1]. Returns (N,), float32 on the model's device."""
         check_images(images)
         features = self.encoder.embed_images(images)
-        if self._layers[0][0].device != features.device:
-            self._layers = [(weight.to(features.device), bias.to(features.device)) for weight, bias in self._layers]
-        for weight, bias in self._layers:
-            features = F.linear(features, weight, bias)
-        return features.squeeze(-1)
+        if self._weight.device != features.device:
+            self._weight, self._bias = self._weight.to(features.device), self._bias.to(features.device)
+        return (features * self._weight).sum(dim=-1) + self._bias

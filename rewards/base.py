@@ -138,7 +138,7 @@ def reward_arguments(function: Callable, name: str) -> tuple[str, ...]:
 
 def as_reward(function: Callable, name: str | None = None) -> Reward:
     """`function` itself if it is a reward in full, else wrapped into one."""
-    name = name or getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+    name = str(name or getattr(function, "name", "") or getattr(function, "__name__", type(function).__name__))
     if isinstance(function, Reward) and reward_arguments(function, name) == ("prompts", "context"):
         if function.kind not in KINDS:
             raise ValueError(f"kind of reward {name!r}: got {function.kind!r}, expected one of {KINDS}")

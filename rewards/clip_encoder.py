@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from visalign.images import check_images
 from visalign.names import unknown_name
@@ -162,7 +162,7 @@ class ClipEncoder:
         return device
 
 
-def _load(model: str, pretrained: str | None, download: bool) -> tuple[nn.Module, Any]:
+def _load(model: str, pretrained: str | None, download: bool) -> tuple[Any, Any]:
     """An open_clip model with its weights, on the CPU in float32, and its tokenizer."""
     import open_clip
 
@@ -185,7 +185,9 @@ def _load(model: str, pretrained: str | None, download: bool) -> tuple[nn.Module
             require_pretrained=True,
         )
         return loaded, open_clip.get_tokenizer(model)
-    except (RuntimeError, OSError, KeyError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # a weights file can be broken in many ways, each with an error type of its own
         raise ValueError(f"model: could not load {model!r}: {' '.join(str(error).split())[:300]}") from error
 
 

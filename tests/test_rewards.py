@@ -46,7 +46,7 @@ def head_file(tmp_path_factory) -> Path:
     widths = [EMBEDDING, 32, 16, 8, 4, 1]
     state = {}
     for k, wide, narrow in zip(LAYERS, widths, widths[1:]):
-        state[f"layers.{k}.weight"] = torch.randn(narrow, wide, generator=generator)
+        state[f"layers.{k}.weight"] = torch.randn(narrow, wide, generator=generator) / wide**0.5
         state[f"layers.{k}.bias"] = torch.randn(narrow, generator=generator)
     path = tmp_path_factory.mktemp("head") / "head.pth"
     torch.save(state, path)
