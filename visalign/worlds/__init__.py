@@ -1,0 +1,25 @@
+"""The worlds that ship with the project, by the names that `--model` and `--prompts` take."""
+
+from pathlib import Path
+
+MODELS = {"shapes-flow": Path(__file__).parent / "shapes" / "weights" / "flow"}
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a shipped model, or `name` itself: a local folder or a hub id.
+
+    Raises:
+        ValueError: it looks like a folder or a shipped name, but there is none.
+    """
+    if name in MODELS:
+        return str(MODELS[name])
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise ValueError(f"model: got {name!r}, a folder without model_index.json, expected a diffusers pipeline")
+        return name
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+    if looks_local:
+        raise ValueError(
+            f"model: got {name!r}, expected one of {sorted(MODELS)}, a pipeline folder, or a hub id 'owner/name'"
+        )
+    return name

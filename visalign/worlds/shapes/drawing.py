@@ -3,13 +3,10 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .scenes import COLOURS, SHAPES, SIZE, Scene
-
-MAX_OBJECTS = 4
 
 
 def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
@@ -61,20 +58,3 @@ def draw(scenes: Sequence[Scene], size: int = SIZE) -> Tensor:
             colour = torch.tensor([COLOURS[o.colour] for o in objects])[:, :, None, None]
             images[rows] = images[rows] * (1 - alpha) + colour * alpha
     return images
-
-
-def template(shape: str, size: int = 32) -> np.ndarray:
-    """The shape filling its bounding box, (size, size) bool: what the judge compares with."""
-    grid = (torch.arange(256) + 0.5 - 128) / 128 * 1.3
-    dy, dx = torch.meshgrid(grid, grid, indexing="ij")
-    mask = (signed_distance(shape, dx, dy, torch.tensor(1.0)) > 0).numpy()
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return resample(box, size)
-
-
-def resample(mask: np.ndarray, size: int) -> np.ndarray:
-    """Nearest-neighbour resampling of a (H, W) mask to (size, size)."""
-    r = ((np.arange(size) + 0.5) * mask.shape[0] / size).astype(int)
-    c = ((np.arange(size) + 0.5) * mask.shape[1] / size).astype(int)
-    return mask[np.ix_(r, c)]

@@ -1,25 +1,26 @@
 """The gold judge: reads a picture back into objects and says which of a caption's criteria hold.
 
 Saturated regions are objects (backgrounds are nearly grey). Each region's colour is the palette colour nearest to its
-interior, its shape the template with the largest overlap after scaling to the bounding box; a region that matches no
-template well is an object of shape "unknown", which no caption asks for, so smears, grids and noise fail.
+interior, its shape the one whose drawing of the same area and centroid overlaps it most; a region that matches no
+shape well is an object of shape "unknown", which no caption asks for, so smears, grids and noise fail.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 
 from .captions import parse
-from .drawing import resample, template
+from .drawing import signed_distance
 from .scenes import COLOURS, SHAPES, Placed, Spec
 
 CHROMA = 0.26  # max - min of RGB above which a pixel belongs to an object
 MIN_AREA = 14  # pixels; smaller specks are ignored up to MAX_SPECKS of them
 MAX_SPECKS = 3
-MIN_OVERLAP = 0.72  # intersection over union with the template
+MIN_OVERLAP = 0.72  # of the region with the drawn shape, minima over maxima
 MARGIN = 4.0  # pixels between centres for a relation to hold
 _PALETTE = np.array(list(COLOURS.values()))
 
@@ -38,11 +39,6 @@ class Verdict:
     @property
     def strict(self) -> bool:
         return all(self.criteria.values())
-
-
-@cache
-def _templates() -> dict[str, np.ndarray]:
-    return {shape: template(shape) for shape in SHAPES}
 
 
 def read(image: Tensor | np.ndarray) -> tuple[Placed, ...]:
@@ -94,26 +90,48 @@ def _read_region(region: np.ndarray, pixels: np.ndarray) -> Placed:
     inside = pixels[core] if core.sum() >= 6 else pixels[region]
     colour = np.median(inside, axis=0)
     name = list(COLOURS)[((colour - _PALETTE) ** 2).sum(-1).argmin()]
-    ring = ndimage.binary_dilation(region, iterations=3) & ~ndimage.binary_dilation(region, iterations=1)
+    ring = ndimage.binary_dilation(region, iterations=4) & ~ndimage.binary_dilation(region, iterations=2)
     background = np.median(pixels[ring], axis=0) if ring.any() else np.ones(3)
     axis = colour - background
-    coverage = ((pixels - background) @ axis) / max(axis @ axis, 1e-6)
-    mask = ndimage.binary_dilation(region, iterations=1) & (coverage > 0.5)
-    pieces, number = ndimage.label(mask)
-    if number > 1:
-        mask = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-    if not mask.any():
-        mask = region
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scaled = resample(box, 32)
-    overlap = {s: (scaled & t).sum() / (scaled | t).sum() for s, t in _templates().items()}
-    shape = max(overlap, key=overlap.__getitem__)
-    ratio = box.shape[0] / box.shape[1]
-    if overlap[shape] < MIN_OVERLAP or not 0.66 < ratio < 1.5 or not _near_palette(colour):
+    coverage = ((pixels - background) @ axis / max(axis @ axis, 1e-6)).clip(0, 1)
+    coverage = np.where(ndimage.binary_dilation(region, iterations=2), coverage, 0.0)
+    coverage[coverage < 0.15] = 0.0  # what JPEG spills
+    shape, overlap, x, y, radius = _fit(coverage)
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    ratio = (rows[-1] - rows[0] + 1) / (columns[-1] - columns[0] + 1)
+    if overlap < MIN_OVERLAP or not 0.66 < ratio < 1.5 or not _near_palette(colour):
         shape = "unknown"
-    y, x = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
-    return Placed(name, shape, float(x), float(y), float(max(box.shape) / 2))
+    return Placed(name, shape, x, y, radius)
+
+
+@cache
+def _moments(shape: str) -> tuple[float, float]:
+    """Area of the shape over radius squared, and how far its centroid lies below its centre, over the radius."""
+    grid = np.linspace(-1.4, 1.4, 512)
+    dx, dy = np.meshgrid(grid, grid)
+    inside = signed_distance(shape, torch.as_tensor(dx), torch.as_tensor(dy), torch.tensor(1.0)).numpy() > 0
+    return float(inside.mean() * 2.8**2), float(dy[inside].mean())
+
+
+def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
+    """The shape whose drawing, of the same area and centroid, overlaps a coverage map (H, W) best.
+
+    Returns shape, overlap (sum of minima over sum of maxima), centre x, centre y and radius in pixels.
+    """
+    mass = coverage.sum()
+    down, right = np.mgrid[: coverage.shape[0], : coverage.shape[1]] + 0.5
+    x, y = float((coverage * right).sum() / mass), float((coverage * down).sum() / mass)
+    best = ("unknown", -1.0, x, y, 0.0)
+    for shape in SHAPES:
+        area, below = _moments(shape)
+        radius = float(np.sqrt(mass / area))
+        centre = y - below * radius
+        depth = signed_distance(shape, torch.as_tensor(right - x), torch.as_tensor(down - centre), torch.tensor(radius))
+        drawn = (depth.numpy() + 0.5).clip(0, 1)
+        overlap = float(np.minimum(drawn, coverage).sum() / np.maximum(drawn, coverage).sum())
+        if overlap > best[1]:
+            best = (shape, overlap, x, centre, radius)
+    return best
 
 
 def _near_palette(colour: np.ndarray) -> bool:

@@ -132,9 +132,9 @@ def place(spec: Spec, rng: np.random.Generator) -> Scene:
 
 def _try_place(colour: str, shape: str, others: list[Placed], small: bool, rng: np.random.Generator) -> Placed | None:
     for _ in range(20):
-        radius = rng.uniform(7.0, 9.0) if small else rng.uniform(8.0, 12.0)
-        x, y = rng.uniform(radius + 2, SIZE - radius - 2, size=2)
-        if all(math.hypot(x - o.x, y - o.y) > radius + o.radius + 2 for o in others):
+        radius = rng.uniform(8.5, 10.0) if small else rng.uniform(10.0, 13.5)
+        x, y = rng.uniform(radius + 1.5, SIZE - radius - 1.5, size=2)
+        if all(math.hypot(x - o.x, y - o.y) > radius + o.radius + 2.5 for o in others):
             return Placed(colour, shape, float(x), float(y), float(radius))
     return None
 

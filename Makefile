@@ -1,0 +1,24 @@
+# `make train` and `make test` do all their own set-up; they need python3 (3.11 to 3.13), make and the network's package index.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+train: .venv/ready
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no trainers/flow_grpo.py $(ARGS)
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable .[dev]
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,327 @@
+"""GRPO for flow-matching models: Flow-GRPO and its relatives, as flags of one loop.
+
+    accelerate launch trainers/flow_grpo.py                                       # the shipped shapes world
+    accelerate launch trainers/flow_grpo.py --config trainers/recipes/sd35_medium.yaml --reward pickscore.py:score
+
+Flow-GRPO (arXiv:2505.05470), Flow-GRPO-Fast and MixGRPO windows (2507.21802), DanceGRPO (2505.07818), CPS (2509.05952),
+GRPO-Guard (2510.22319), TempFlow's step weights (2508.04324). Departures: advantages are divided by max(std, 1e-4)
+rather than std + 1e-4; the KL is the true one unless `--kl_type flow_grpo`; the noise of a sample depends on its seed
+and step alone, so results do not depend on the number of processes.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from visalign.advantages import clip_advantages, group_advantages, group_statistics
+from visalign.objectives.policy_gradient import clipped_loss, kl_penalty, ratio_norm_log_ratio, tempflow_weights
+from visalign.rollout import Trajectory, recompute, rollout
+from visalign.seeds import derived_seed
+from visalign.training import setup
+from visalign.training.config import parse_config, save_config
+from visalign.training.data import Group, iteration_groups, share_of
+from visalign.training.evaluate import Evaluation, evaluate
+from visalign.training.run import Run
+from visalign.transitions import make_transition, ode_of
+from visalign.windows import flash_post_steps, make_window, trained_steps
+
+
+@dataclass(frozen=True)
+class Config(setup.CommonConfig):
+    """Options of the trainer; those of every trainer are in `visalign.training.setup.CommonConfig`."""
+
+    # Sampling
+    num_steps: int = 10  # denoising steps of a training image
+    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    eta: float = 0.7  # noise strength: 0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps
+    window: Literal["all", "random", "mix_random", "progressive", "decay", "exp_decay"] = "all"
+    window_size: int | None = None  # stochastic steps; required unless window is all
+    window_span: tuple[int, int] | None = None  # for random: first and last + 1 step it may hold
+    window_iterations: int | None = None  # for progressive and decays: iterations at each position
+    solver: Literal["ode", "dpm2m"] = "ode"  # of the steps after the window
+    post_ratio: float | None = None  # MixGRPO-Flash: take this share of the steps after the window, e.g. 0.4
+    timestep_fraction: float = 0.99  # share of the stochastic steps trained
+    timestep_choice: Literal["first", "random"] = "first"  # which ones
+    prompts_per_step: int = 12  # groups an iteration
+    group_size: int = 8  # images a prompt
+    same_latents: bool = False  # one initial noise for a whole group
+    # Objective
+    advantage_std: Literal["group", "global"] = "global"
+    max_advantage: float = 5.0
+    clip_range: float = 1e-4  # on the ratio of mean-reduced likelihoods
+    ratio: Literal["plain", "unscaled", "guard"] = "plain"  # unscaled: without 1/(2 std^2), as CPS's code
+    step_weight: Literal["none", "tempflow", "inverse_dt"] = "none"
+    kl_weight: float = 0.0
+    kl_type: Literal["gaussian", "flow_grpo", "x", "v"] = "gaussian"
+    inner_epochs: int = 1  # passes over the samples of an iteration
+    updates_per_step: int = 1  # optimiser updates a pass; the groups are shared among them
+    skip_zero_advantages: bool = True  # no forward for samples without signal, where kl_weight is 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise ValueError(f"group_size: got {self.group_size}, expected >= 2 (one image has no baseline)")
+        if not self.eta > 0:
+            raise ValueError(f"eta: got {self.eta}, expected > 0 (no noise leaves no log-probability to learn from)")
+        if self.prompts_per_step < 1 or self.prompts_per_step % self.updates_per_step:
+            raise ValueError(
+                f"prompts_per_step: got {self.prompts_per_step}, expected a multiple of updates_per_step "
+                f"({self.updates_per_step})"
+            )
+        for name in ("clip_range", "max_advantage", "inner_epochs", "updates_per_step"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight: got {self.kl_weight}, expected >= 0")
+        self.make_window()
+
+    def make_window(self):
+        """The window of stochastic steps; options given for another kind of window are errors."""
+        span = {} if self.window_span is None else {"span": self.window_span}
+        dwell = {} if self.window_iterations is None else {"iterations": self.window_iterations}
+        return make_window(self.window, self.num_steps, self.window_size, **span, **dwell)
+
+
+@dataclass
+class Batch:
+    """A micro-batch: its samples' groups (N,), and after scoring the advantages (N,)."""
+
+    trajectory: Trajectory
+    group_ids: Tensor
+    rewards: Tensor
+    advantages: Tensor | None = None
+
+
+class FlowGRPO:
+    """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
+
+    def __init__(self, cfg: Config, accelerator: Accelerator, run: Run, parts: setup.Parts):
+        self.cfg, self.accelerator, self.run, self.parts = cfg, accelerator, run, parts
+        self.transition = make_transition(cfg.sampler, eta=cfg.eta)
+        self.window = cfg.make_window()
+        self.schedule = parts.generator.schedule
+        if self.schedule.kind != "flow":
+            raise ValueError(f"model: got a {self.schedule.kind} model, expected a flow-matching one for flow_grpo")
+        self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
+
+    def sample(self, step: int, groups: list[Group]) -> Iterator[Batch]:
+        """Images of some groups, in micro-batches, with the stochastic steps on record."""
+        cfg = self.cfg
+        steps = [i for i in self.window(step) if self.stds[i] > 0]
+        post = None if cfg.post_ratio is None else flash_post_steps(cfg.num_steps, max(steps), cfg.post_ratio)
+        samples = [(g, k) for g in groups for k in range(cfg.group_size)]
+        for start in range(0, len(samples), cfg.batch_size):
+            chosen = samples[start : start + cfg.batch_size]
+            with self.run.stage("rollout"):
+                trajectory = rollout(
+                    self.parts.generator,
+                    [g.prompt for g, _ in chosen],
+                    [g.seeds[k] for g, k in chosen],
+                    self.transition,
+                    sde_steps=steps,
+                    noise_seeds=[g.noise_seeds[k] for g, k in chosen],
+                    solver=cfg.solver,
+                    post_steps=post,
+                    store_means=cfg.ratio == "guard",
+                    grad_mode=cfg.compile,
+                )
+            assert trajectory.images is not None
+            with self.run.stage("score"):
+                rewards = self.parts.score(trajectory.images, trajectory.prompts)
+            yield Batch(trajectory, torch.tensor([g.index for g, _ in chosen]), rewards)
+
+    def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
+        """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
+        cfg, device = self.cfg, self.accelerator.device
+        ids = self.accelerator.gather(torch.cat([b.group_ids for b in batches]).to(device)).cpu()
+        rewards = self.accelerator.gather(torch.cat([b.rewards for b in batches]).double().to(device)).cpu()
+        order = torch.argsort(ids, stable=True)  # the same order of summation on any number of processes
+        advantages = torch.empty_like(rewards, dtype=torch.float32)
+        advantages[order] = group_advantages(rewards[order], ids[order], std=cfg.advantage_std)
+        advantages = clip_advantages(advantages, cfg.max_advantage)
+        count = len(ids) // self.accelerator.num_processes
+        mine = advantages[self.accelerator.process_index * count :][:count]
+        for batch, part in zip(batches, mine.split([len(b.rewards) for b in batches])):
+            batch.advantages = part.to(batch.trajectory.final.device)
+        groups = group_statistics(rewards[order], ids[order])
+        return {
+            "reward_mean": rewards.mean().item(),
+            "reward_std_in_group": groups.stds.mean().item(),
+            "zero_std_groups": groups.zero_std_fraction,
+            "advantage_abs_mean": advantages.abs().mean().item(),
+        }
+
+    def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
+        """The recorded steps that get a gradient in this iteration."""
+        kept = trained_steps(stored, self.cfg.timestep_fraction) if len(stored) > 1 else stored
+        if self.cfg.timestep_choice == "first":
+            return kept
+        generator = torch.Generator().manual_seed(derived_seed(self.cfg.seed, 5, step))
+        chosen = torch.randperm(len(stored), generator=generator)[: len(kept)]
+        return sorted(stored[i] for i in chosen)
+
+    def step_weight(self, i: int) -> float:
+        if self.cfg.step_weight == "tempflow":
+            return tempflow_weights(self.stds)[i]
+        if self.cfg.step_weight == "inverse_dt":
+            sigma, sigma_next = self.schedule.step(i)
+            return 1 / (sigma - sigma_next)
+        return 1.0
+
+    def backward(self, batch: Batch, steps: list[int], scale: float) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch: one pipeline call, backward in each trained step. Returns sums to log."""
+        cfg, trajectory, advantages = self.cfg, batch.trajectory, batch.advantages
+        assert advantages is not None
+        if cfg.skip_zero_advantages and cfg.kl_weight == 0 and bool((advantages == 0).any()):
+            rows = advantages.nonzero().flatten().tolist()
+            if not rows:
+                return {}
+            trajectory, advantages = trajectory.take(rows), advantages[rows]
+        states = {i: trajectory.latents[i] for i in steps}
+        references: dict[int, Tensor] = {}
+        if cfg.kl_weight:
+            with self.parts.policy.reference():
+                self._forward(trajectory, states, lambda i, _x, prediction: references.update({i: prediction}))
+        sums: dict[str, Tensor] = {}
+
+        def learn(i: int, _latents: Tensor, prediction: Tensor) -> None:
+            loss, stats = self.loss(trajectory, i, prediction, advantages, references.get(i))
+            (loss.sum() * scale).backward()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(advantages)
+
+        self._forward(trajectory, states, learn)
+        sums["count"] = torch.tensor(float(len(steps) * len(advantages)), device=advantages.device)
+        return sums
+
+    def _forward(self, trajectory: Trajectory, states: dict[int, Tensor], step_fn: Any) -> None:
+        self.parts.generator.denoise(trajectory.prompts, trajectory.seeds, step_fn, latents=states)
+
+    def loss(
+        self, trajectory: Trajectory, i: int, prediction: Tensor, advantages: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (N,) of one step and its statistics."""
+        cfg, std = self.cfg, self.stds[i]
+        gaussian = recompute(trajectory, i, prediction, self.transition)
+        log_prob, old = gaussian.log_prob(trajectory.next_latents[i]), trajectory.log_probs[i]
+        if cfg.ratio == "guard":
+            log_ratio = ratio_norm_log_ratio(log_prob, old, gaussian.mean, trajectory.means[i], std)
+        else:
+            log_ratio = (log_prob - old) * (2 * std**2 if cfg.ratio == "unscaled" else 1.0)
+        loss, stats = clipped_loss(log_ratio, advantages, cfg.clip_range)
+        loss = loss * self.step_weight(i)
+        if reference is not None:
+            base = recompute(trajectory, i, reference, self.transition)
+            sigma, sigma_next = self.schedule.step(i)
+            kl = kl_penalty(
+                cfg.kl_type,
+                gaussian,
+                base,
+                dt=sigma_next - sigma if cfg.kl_type == "flow_grpo" else None,
+                prediction=prediction if cfg.kl_type == "v" else None,
+                ref_prediction=reference if cfg.kl_type == "v" else None,
+            )
+            loss = loss + cfg.kl_weight * kl
+            stats["kl"] = kl.detach().mean()
+        return loss, stats
+
+    def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
+        """All optimiser updates of an iteration; returns what to log."""
+        sums: dict[str, Tensor] = {}
+        norms = []
+        for _ in range(self.cfg.inner_epochs):
+            for share in shares:
+                total = self.cfg.prompts_per_step // self.cfg.updates_per_step * self.cfg.group_size
+                with self.run.stage("train"):
+                    for batch in share:
+                        steps = self.steps_to_train(step, batch.trajectory.steps)
+                        for name, value in self.backward(batch, steps, 1 / (total * len(steps))).items():
+                            sums[name] = sums.get(name, 0) + value
+                    norms.append(self.parts.apply_gradients(self.accelerator, step))
+        names = ("ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative")
+        names += ("kl",) if self.cfg.kl_weight else ()
+        zero = torch.zeros((), device=self.accelerator.device)
+        values = torch.stack([sums.get(n, zero).to(zero.device).float() for n in (*names, "count")])
+        values = self.accelerator.reduce(values, "sum")
+        means = (values[:-1] / values[-1].clamp(min=1)).tolist()
+        return {**dict(zip(names, means)), "grad_norm": max(norms), "skipped_updates": self.parts.skipped}
+
+    def evaluate(self, prompts: list[str]) -> Evaluation:
+        """The averaged weights on held-out prompts, without noise in the steps."""
+        with self.run.stage("evaluate"), self.parts.policy.swapped(self.parts.average.values):
+            return evaluate(
+                self.parts.generator,
+                ode_of(self.schedule),
+                prompts,
+                self.parts.judges,
+                seed=self.cfg.eval_seed,
+                batch_size=self.cfg.batch_size,
+                process=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+                gather=lambda t: self.accelerator.gather(t.to(self.accelerator.device)),
+            )
+
+
+def main(cfg: Config) -> Path:
+    """Train; returns the run folder."""
+    plan = setup.preflight(cfg, "flow_grpo")
+    accelerator = Accelerator()
+    plan.folder = setup.same_on_all(plan.folder)
+    parts = setup.build(cfg, plan, accelerator)
+    run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
+    trainer = FlowGRPO(cfg, accelerator, run, parts)
+    if accelerator.is_main_process:
+        save_config(cfg, plan.folder / "config.yaml")
+    setup.announce(run, cfg, plan, parts)
+    if parts.before is None:
+        parts.before = trainer.evaluate(plan.eval_prompts)
+        setup.say_evaluation(run, parts.before, "before")
+        run.log(0, setup.evaluation_values(parts.before))
+    share_size = cfg.prompts_per_step // cfg.updates_per_step
+    with run.progress:
+        for step in range(parts.step, cfg.steps):
+            started = time.monotonic()
+            groups = iteration_groups(
+                plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
+            )
+            # Sample and score: in the shares of the updates, whole groups on this process.
+            shares = []
+            for k in range(0, len(groups), share_size):
+                mine = share_of(groups[k : k + share_size], accelerator.process_index, accelerator.num_processes)
+                shares.append(list(trainer.sample(step, mine)))
+            values = trainer.assign_advantages([batch for share in shares for batch in share])
+            values |= trainer.update(step, shares)
+            parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
+            stop = setup.stopping(run, accelerator)
+            if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps and not stop:
+                evaluation = trainer.evaluate(plan.eval_prompts[: cfg.eval_during])
+                values |= setup.evaluation_values(evaluation)
+                setup.keep_best(parts, evaluation)
+            setup.checkpoint(run, cfg, parts, accelerator, last=stop or step + 1 == cfg.steps)
+            run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
+            if step % max(1, cfg.steps // 10) == 0:
+                run.save_grid(f"step-{step + 1}.png", shares[0][0].trajectory.images[:16])
+            run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
+            if stop:
+                run.say(f"stopped after step {step + 1} of {cfg.steps}; go on with --resume {plan.folder}")
+                break
+        else:
+            after = trainer.evaluate(plan.eval_prompts)
+            setup.finish(run, cfg, plan, parts, after)
+    run.close()
+    accelerator.end_training()
+    return plan.folder
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(parse_config(Config, argv, prog="flow_grpo", description=(__doc__ or "").split("\n\n")[0]))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,165 @@
+"""The `visalign` command: train, generate, score, world, doctor. Heavy imports sit in the command that needs them."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAINERS = {"flow_grpo": "GRPO for flow-matching models (the default)"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a mistake in the options ends with one line on stderr and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"] or argv[:1] == ["doctor"]:  # these hand their options on
+        return _train(argv[1:]) if argv[0] == "train" else _doctor(argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"visalign {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="visalign", description="Align image generators with visual rewards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help=f"train: visalign train [{'|'.join(TRAINERS)}] [options]; --help lists them")
+    commands.add_parser("doctor", help="check a training before it costs anything: the same options as train")
+    generate = commands.add_parser("generate", help="draw pictures")
+    generate.add_argument("prompt", nargs="+", help="one or more prompts")
+    generate.add_argument("--model", default="shapes-flow", help="a shipped model, a folder, or a hub id")
+    generate.add_argument("--lora", help="a LoRA folder, e.g. runs/NAME/lora")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt")
+    generate.add_argument("--count", type=int, default=1, help="pictures a prompt")
+    generate.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    generate.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+    generate.add_argument("--device", default="cpu")
+    generate.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the PNG files")
+    generate.set_defaults(run=_generate)
+    score = commands.add_parser("score", help="score picture files")
+    score.add_argument("images", nargs="+", type=Path)
+    score.add_argument("--prompt", required=True)
+    score.add_argument("--reward", default="clip", help="name, file.py:function, or a sum such as clip:0.7+gold:0.3")
+    score.set_defaults(run=_score)
+    world = commands.add_parser("world", help="the offline world: pictures, prompts, and building its models anew")
+    world.add_argument("action", choices=("show", "prompts", "card", "build"))
+    world.add_argument("part", nargs="?", choices=("vae", "clip", "flow"), help="for build: which model")
+    world.add_argument("--split", default="test", choices=("train", "test", "compositional"))
+    world.add_argument("--count", type=int, default=32)
+    world.add_argument("--out", type=Path, default=Path("world"), help="folder for the result")
+    world.add_argument("--device", default="cpu", help="for build")
+    world.add_argument("--steps", type=int, help="for build: training steps; default: those of the shipped model")
+    world.set_defaults(run=_world)
+    return parser
+
+
+def _train(argv: list[str]) -> None:
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else "flow_grpo"
+    if name not in TRAINERS:
+        print(f"visalign train: got {name!r}, expected one of {sorted(TRAINERS)}", file=sys.stderr)
+        raise SystemExit(2)
+    importlib.import_module(f"visalign.trainers.{name}").cli(argv)
+
+
+def _doctor(argv: list[str]) -> None:
+    from visalign.training.doctor import cli
+
+    cli(argv)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from visalign.generator import Generator
+    from visalign.images import images_to_pil
+    from visalign.rollout import rollout
+    from visalign.training.policy import check_lora_fits
+    from visalign.transitions import ode_of
+    from visalign.worlds import resolve_model
+
+    if arguments.count < 1:
+        raise ValueError(f"count: got {arguments.count}, expected >= 1")
+    model = resolve_model(arguments.model)
+    if arguments.lora:
+        check_lora_fits(Path(arguments.lora), Path(model))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    generator = Generator.from_pretrained(
+        model,
+        dtype=torch.float32 if arguments.device == "cpu" else torch.bfloat16,
+        device=arguments.device,
+        num_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+    )
+    if arguments.lora:
+        generator.pipeline.load_lora_weights(arguments.lora)
+    number = 0
+    for prompt in arguments.prompt:
+        seeds = [arguments.seed + k for k in range(arguments.count)]
+        with torch.no_grad():
+            images = rollout(generator, [prompt] * len(seeds), seeds, ode_of(generator.schedule), sde_steps=[]).images
+        assert images is not None
+        for seed, image in zip(seeds, images_to_pil(images)):
+            path = arguments.out / f"{number:04d}-seed{seed}.png"
+            image.save(path)
+            print(path)
+            number += 1
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from PIL import Image, UnidentifiedImageError
+
+    from visalign.images import pil_to_images
+    from visalign.rewards import make_reward, parse_spec, score
+
+    parse_spec(arguments.reward)
+    images = []
+    for path in arguments.images:
+        try:
+            images.append(pil_to_images([Image.open(path)])[0])
+        except UnidentifiedImageError:
+            raise ValueError(f"images: got {str(path)!r}, which is no picture") from None
+    reward = make_reward(arguments.reward)
+    for path, image in zip(arguments.images, images):
+        with torch.no_grad():
+            result = score(reward, image[None], [arguments.prompt])
+        parts = "  ".join(f"{name} {float(values[0]):.4f}" for name, values in result.parts.items())
+        print(f"{path}  {float(result.total[0]):.4f}" + (f"  ({parts})" if len(result.parts) > 1 else ""))
+
+
+def _world(arguments: argparse.Namespace) -> None:
+    from visalign.worlds.shapes import WEIGHTS, world_prompts
+
+    if (arguments.action == "build") != (arguments.part is not None):
+        raise ValueError("world: 'build' takes one of vae, clip, flow, the other actions take none of them")
+    if arguments.action == "card":
+        print((WEIGHTS / "CARD.md").read_text())
+    elif arguments.action == "prompts":
+        print("\n".join(world_prompts(arguments.split, arguments.count)))
+    elif arguments.action == "show":
+        _show_world(arguments)
+    else:
+        from visalign.worlds.shapes.build import build
+
+        build(arguments.part, arguments.out, device=arguments.device, steps=arguments.steps)
+
+
+def _show_world(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    from torchvision.utils import make_grid, save_image
+
+    from visalign.worlds.shapes import world_prompts
+    from visalign.worlds.shapes.captions import parse
+    from visalign.worlds.shapes.drawing import draw
+    from visalign.worlds.shapes.scenes import place
+
+    rng = np.random.default_rng(0)
+    prompts = world_prompts(arguments.split, arguments.count)
+    images = draw([place(parse(p), rng) for p in prompts]).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(images, 8, padding=4, pad_value=1), arguments.out / "scenes.png")
+    (arguments.out / "scenes.txt").write_text("\n".join(prompts) + "\n")
+    print(arguments.out / "scenes.png")

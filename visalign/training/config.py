@@ -1,0 +1,77 @@
+"""Configuration: one frozen dataclass a trainer, filled from a YAML file and the command line, strictly."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+T = TypeVar("T")
+
+
+def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:
+    """Fill `config_class` from `--config file.yaml` and `--name value` options; later ones win.
+
+    `--print_config` prints the resolved YAML and exits. A mistake ends the process with one line on stderr and exit
+    status 2: an unknown key is answered with the nearest valid one, a value of the wrong type with the type wanted.
+    """
+    argv = _with_resumed(list(sys.argv[1:] if argv is None else argv))
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(config_class, as_group=False)
+    names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
+    try:
+        _check_files(argv, names)
+        values = parser.parse_args(argv).as_dict()
+        values.pop("config", None)
+        return config_class(**values)
+    except (ArgumentError, ValueError, TypeError) as error:
+        print(f"{prog}: {_one_line(str(error), names)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _with_resumed(argv: list[str]) -> list[str]:
+    """`--resume RUN` alone means the options of that run: its config.yaml first, then the command line."""
+    for flag, value in zip(argv, [*argv[1:], ""]):
+        if flag == "--resume" or flag.startswith("--resume="):
+            path = Path(flag.partition("=")[2] or value)
+            for folder in (path, path.parent.parent):
+                if (folder / "config.yaml").is_file():
+                    return ["--config", str(folder / "config.yaml"), *argv]
+    return argv
+
+
+def _check_files(argv: list[str], names: list[str]) -> None:
+    """Unknown keys of YAML files, before the parser's own longer message."""
+    for flag, value in zip(argv, [*argv[1:], ""]):
+        path = value if flag == "--config" else flag.removeprefix("--config=") if flag.startswith("--config=") else None
+        if path is None:
+            continue
+        if not Path(path).is_file():
+            raise ValueError(f"config: got {path!r}, which is no file")
+        content = yaml.safe_load(Path(path).read_text())
+        for key in content if isinstance(content, dict) else ():
+            if key not in names:
+                raise ValueError(f"{path}: unknown key {key!r}{_nearest(key, names)}")
+
+
+def _one_line(message: str, names: list[str]) -> str:
+    message = re.sub(r"\s+", " ", message).strip()
+    if unknown := re.search(r"(?:Unrecognized arguments:|Key) ['\"]?(?:--)?([\w.]+)", message):
+        return f"unknown option --{unknown[1]}{_nearest(unknown[1], names)}; --help lists all"
+    return message
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write the resolved configuration, loadable by `--config`."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))

@@ -1,0 +1,82 @@
+"""Prompts: reading sets, and the sampler of groups, which is the same for any number of processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from visalign.seeds import derived_seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt in one iteration.
+
+    `index` is the group's place in the iteration (its id: duplicate prompts stay apart). `seeds` give each member's
+    initial noise (all equal with same_latents), `noise_seeds` the noise of its stochastic steps.
+    """
+
+    index: int
+    prompt: str
+    seeds: tuple[int, ...]
+    noise_seeds: tuple[int, ...]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: no such file, a folder, not text, or no prompt in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"prompts: got {str(path)!r}, a folder, expected a text file with one prompt a line")
+    if not path.is_file():
+        raise ValueError(f"prompts: got {str(path)!r}, which does not exist, expected a text file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"prompts: got {str(path)!r}, which is not UTF-8 text") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"prompts: got {str(path)!r}, which holds no prompt, expected one a line")
+    return prompts
+
+
+def overlap(train: Sequence[str], test: Sequence[str]) -> list[str]:
+    """Prompts of `test` that also stand in `train`, compared without case and spacing."""
+    known = {" ".join(p.lower().split()) for p in train}
+    return [p for p in test if " ".join(p.lower().split()) in known]
+
+
+def iteration_groups(
+    prompts: Sequence[str], iteration: int, count: int, group_size: int, seed: int, same_latents: bool = False
+) -> list[Group]:
+    """The groups of one iteration: a function of its arguments alone.
+
+    Prompts are visited in random order, each once before any is visited again (a new order every pass).
+    """
+    groups = []
+    for index in range(count):
+        place = iteration * count + index
+        order = torch.Generator().manual_seed(derived_seed(seed, 1, place // len(prompts)))
+        prompt = prompts[int(torch.randperm(len(prompts), generator=order)[place % len(prompts)])]
+        noise = tuple(derived_seed(seed, 2, place, member) for member in range(group_size))
+        first = (derived_seed(seed, 3, place),) * group_size
+        groups.append(Group(index, prompt, first if same_latents else noise, noise))
+    return groups
+
+
+def share_of(groups: Sequence[Group], process: int, processes: int) -> list[Group]:
+    """The groups of one process, whole groups, dealt in turn, so that any prefix is shared evenly.
+
+    Raises:
+        ValueError: the groups cannot be shared evenly.
+    """
+    if len(groups) % processes:
+        raise ValueError(
+            f"groups: got {len(groups)} prompts an update for {processes} processes, expected a multiple, so that each "
+            "process holds whole groups"
+        )
+    return list(groups[process::processes])

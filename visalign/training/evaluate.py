@@ -1,0 +1,95 @@
+"""Evaluation on fixed prompts with fixed seeds, so that two policies are compared pair by pair; with intervals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from visalign.generator import Generator
+from visalign.rollout import rollout
+from visalign.seeds import derived_seed
+
+
+@dataclass
+class Evaluation:
+    """Scores (N,) by judge, the prompts they belong to, and the first few images, (M, 3, H, W)."""
+
+    prompts: list[str]
+    scores: dict[str, Tensor]
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def mean(self, name: str) -> float:
+        return float(self.scores[name].double().mean())
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95 % interval of the mean over prompts."""
+        return mean_interval(self.scores[name].double().numpy())
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean: Wilson's for values that are all 0 or 1 (a success rate), else by Student's t."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("values: got none, expected at least one")
+    if np.isin(values, (0, 1)).all():
+        interval = stats.binomtest(int(values.sum()), n).proportion_ci(confidence, "wilson")
+        return float(interval.low), float(interval.high)
+    if n == 1:
+        return float("-inf"), float("inf")
+    spread = float(stats.sem(values)) * float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    return float(values.mean()) - spread, float(values.mean()) + spread
+
+
+def paired_interval(before: Tensor, after: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean difference after - before over the same prompts."""
+    if before.shape != after.shape:
+        raise ValueError(f"after: got shape {tuple(after.shape)}, expected {tuple(before.shape)}, as before")
+    difference = (after.double() - before.double()).numpy()
+    rows = np.random.default_rng(seed).integers(len(difference), size=(draws, len(difference)))
+    low, high = np.quantile(difference[rows].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def evaluate(
+    generator: Generator,
+    transition,
+    prompts: Sequence[str],
+    judges: dict[str, Callable[[Tensor, list[str]], Tensor]],
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    keep_images: int = 16,
+    process: int = 0,
+    processes: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Evaluation:
+    """One image a prompt, without noise in the steps, scored by every judge.
+
+    Prompt k always gets the same seed. Each process takes the prompts k = process, process + processes, ...; `gather`
+    joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
+    """
+    mine = list(range(process, len(prompts), processes))
+    scores: dict[str, list[Tensor]] = {name: [] for name in judges}
+    images: list[Tensor] = []
+    for start in range(0, len(mine), batch_size):
+        rows = mine[start : start + batch_size]
+        texts = [prompts[k] for k in rows]
+        seeds = [derived_seed(seed, 4, k) for k in rows]
+        drawn = rollout(generator, texts, seeds, transition, sde_steps=[]).images
+        assert drawn is not None
+        for name, judge in judges.items():
+            scores[name].append(judge(drawn, texts).double().cpu())
+        if sum(len(i) for i in images) * processes < keep_images:
+            images.append(drawn.cpu())
+    joined = {}
+    each = -(-len(prompts) // processes)
+    for name, parts in scores.items():
+        padded = torch.full((each,), float("nan"), dtype=torch.float64)
+        padded[: len(mine)] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        joined[name] = gather(padded).cpu().view(processes, each).T.flatten()[: len(prompts)]
+    kept = torch.cat(images)[:keep_images] if images else torch.empty(0)
+    return Evaluation(list(prompts), joined, kept)

@@ -1,0 +1,222 @@
+"""What is trained: LoRA or full weights of a Generator's denoiser, its reference, its average, and its export."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visalign.generator import Generator
+
+ADAPTER = "default"
+ATTENTION_ONLY = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ALL_LINEAR = "all-linear"
+
+
+class Policy:
+    """The trainable part of a Generator's denoiser, in float32 whatever the model's dtype.
+
+    Args:
+        generator: its denoiser is changed in place.
+        lora_rank: 0 trains all weights of the denoiser, and keeps a frozen copy as the reference.
+        lora_alpha: LoRA's scale is alpha / rank.
+        lora_targets: names of linear layers, or ("all-linear",); None: those of attention.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        lora_rank: int,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ):
+        self.generator, self.lora_rank = generator, lora_rank
+        self.module = generator.denoiser
+        self.component = next(n for n, m in generator.denoisers.items() if m is self.module)
+        for component in generator.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+        self.frozen: dict[str, Tensor] = {}
+        if lora_rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.module.add_adapter(
+                    LoraConfig(
+                        r=lora_rank,
+                        lora_alpha=lora_alpha if lora_alpha is not None else lora_rank,
+                        init_lora_weights="gaussian",
+                        target_modules=_targets(self.module, lora_targets),
+                    ),
+                    ADAPTER,
+                )
+        else:
+            self.module.requires_grad_(True)
+        self.trained: dict[str, nn.Parameter] = {
+            name: p for name, p in self.module.named_parameters() if p.requires_grad
+        }
+        for parameter in self.trained.values():
+            parameter.data = parameter.data.float()
+        if not lora_rank:
+            self.frozen = {name: p.detach().clone() for name, p in self.trained.items()}
+        if gradient_checkpointing:
+            self.module.enable_gradient_checkpointing()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within, the generator is the base model: adapters off, or the frozen copy swapped in; without gradient."""
+        with torch.no_grad():
+            if self.lora_rank:
+                self.module.disable_adapters()
+                try:
+                    yield
+                finally:
+                    self.module.enable_adapters()
+            else:
+                with self.swapped(self.frozen):
+                    yield
+
+    @contextmanager
+    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Within, the trained parameters hold `values`; afterwards their own again, bit for bit."""
+        own = {name: p.data for name, p in self.trained.items()}
+        try:
+            for name, parameter in self.trained.items():
+                parameter.data = values[name]
+            yield
+        finally:
+            for name, parameter in self.trained.items():
+                parameter.data = own[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.trained.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put trained weights back.
+
+        Raises:
+            ValueError: other names or shapes than this policy's.
+        """
+        check_same_names("resume", {k: tuple(v.shape) for k, v in tensors.items()}, self.trained)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[name])
+
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
+        """Write what plain diffusers loads: `pipe.load_lora_weights(folder)`, or the component for full weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.swapped(values or self.tensors()):
+            if not self.lora_rank:
+                self.module.save_pretrained(folder)
+                return
+            state = {
+                k: v.detach().clone() for k, v in get_peft_model_state_dict(self.module, adapter_name=ADAPTER).items()
+            }
+            config = copy.deepcopy(self.module.peft_config[ADAPTER])
+        self.generator.pipeline.save_lora_weights(
+            str(folder),
+            **{f"{self.component}_lora_layers": state, f"{self.component}_lora_adapter_metadata": config.to_dict()},
+        )
+
+
+class Average:
+    """Exponential moving average of a policy's weights, in float32 (arXiv:2505.05470's schedule).
+
+    After update n the decay is min(decay, (1 + n) / (10 + n)).
+    """
+
+    def __init__(self, policy: Policy, decay: float):
+        self.policy, self.decay, self.updates = policy, decay, 0
+        self.values = {name: p.detach().clone() for name, p in policy.trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, parameter in self.policy.trained.items():
+            self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+
+def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:
+    """peft's `target_modules` for layers that this denoiser really has."""
+    linear = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    if wanted and tuple(wanted) == (ALL_LINEAR,):
+        return linear
+    suffixes = tuple(wanted or ATTENTION_ONLY)
+    chosen = [name for name in linear if any(name == s or name.endswith("." + s) for s in suffixes)]
+    if not chosen:
+        raise ValueError(f"lora_targets: got {list(suffixes)}, expected names of linear layers, e.g. {linear[:4]}")
+    return chosen
+
+
+def check_same_names(argument: str, got: dict[str, tuple[int, ...]], trained: dict[str, nn.Parameter]) -> None:
+    """Refuse weights of another model, rank or target list."""
+    expected = {name: tuple(p.shape) for name, p in trained.items()}
+    if got == expected:
+        return
+    for name, shape in expected.items():
+        if got.get(name) != shape:
+            raise ValueError(f"{argument}: {name} has shape {got.get(name)}, expected {shape}: made for another model")
+    raise ValueError(f"{argument}: holds {len(got)} tensors, expected {len(expected)}: made for another model")
+
+
+def check_lora_fits(lora: Path, model: Path, component: str = "transformer") -> None:
+    """Refuse a LoRA folder that does not belong to a local model, from the files' headers alone.
+
+    Raises:
+        ValueError: no LoRA file there, or one of its layers is missing in the model or has other sizes.
+    """
+    files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora] if lora.is_file() else []
+    if not files:
+        raise ValueError(f"lora: got {str(lora)!r}, which holds no .safetensors file, expected a LoRA folder")
+    weights: dict[str, list[int]] = {}
+    for file in sorted(model.glob("*/diffusion_pytorch_model*.safetensors")):
+        if file.parent.name in ("transformer", "unet"):
+            weights |= {f"{file.parent.name}.{k}": s for k, s in header(file).items()}
+    if not weights:
+        return
+    for key, shape in header(files[0]).items():
+        layer, _, side = key.removesuffix(".weight").rpartition(".lora_")
+        base = weights.get(f"{layer}.weight")
+        want = None if base is None else base[1] if side == "A" else base[0]
+        have = shape[1] if side == "A" else shape[0]
+        if base is None or want != have:
+            raise ValueError(
+                f"lora: {str(lora)!r} does not fit {str(model)!r}: {layer} is {base}, the LoRA needs {have}"
+            )
+
+
+def load_lora(policy: Policy, folder: Path) -> None:
+    """Start from a LoRA that `export` or another tool wrote.
+
+    Raises:
+        ValueError: it is for other layers or of another rank.
+    """
+    file = next(iter(sorted(folder.glob("*.safetensors")))) if folder.is_dir() else folder
+    prefix = policy.component + "."
+    state = {k.removeprefix(prefix): v for k, v in load_file(str(file)).items() if k.startswith(prefix)}
+    own = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(policy.module, adapter_name=ADAPTER).items()}
+    if own != {k: tuple(v.shape) for k, v in state.items()}:
+        raise ValueError(
+            f"lora: {str(folder)!r} has other layers or another rank than lora_rank={policy.lora_rank} with these "
+            "lora_targets; give the ones it was trained with"
+        )
+    set_peft_model_state_dict(policy.module, state, adapter_name=ADAPTER)
+
+
+def header(file: Path) -> dict[str, list[int]]:
+    """Names and shapes of a safetensors file, without reading its tensors."""
+    try:
+        with safe_open(str(file), "pt") as f:
+            return {k: f.get_slice(k).get_shape() for k in f.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{file}: damaged or no safetensors file ({' '.join(str(error).split())})") from None

@@ -1,0 +1,153 @@
+"""A run's folder and its instruments: metrics, tensorboard, pictures, stage timers, progress, and being told to stop."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid, save_image
+
+
+def check_writable(folder: Path, resume: bool) -> None:
+    """Refuse a run folder that cannot be written, or that holds another run's metrics.
+
+    Raises:
+        ValueError: it says what to do.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run_dir: got {str(folder)!r}, a file, expected a folder")
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"run_dir: {str(folder)!r} already holds a run; add --resume {folder}, or choose another run_dir"
+        )
+    parent = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    try:
+        probe = parent / f".visalign-probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"run_dir: got {str(folder)!r}, which cannot be written ({error.strerror})") from None
+
+
+class Run:
+    """The instruments of one process of a run; only the main process writes.
+
+    Attributes:
+        stopping: the name of the signal that asked the run to stop, or None. A second Ctrl-C ends at once.
+    """
+
+    def __init__(self, folder: Path, *, main: bool, total: int, done: int = 0):
+        self.folder, self.main, self.stopping = folder, main, None
+        self.seconds: dict[str, float] = {}
+        self.console = Console(stderr=True, quiet=not main)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not main or not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=total, completed=done, note="")
+        self.board: SummaryWriter | None = None
+        if main:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            self._keep_metrics_before(done)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+        self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = signal.Signals(number).name
+        self.say(f"{self.stopping}: finishing the step under way, then saving; once more to stop at once")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent within to a stage of the current step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, with the stages' seconds and the peak memory, and the same to tensorboard."""
+        values = {"step": step, **values}
+        values |= {f"seconds_{name}": round(s, 4) for name, s in self.seconds.items()}
+        values["peak_memory_bytes"] = peak_memory()
+        self.seconds = {}
+        if not self.main:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+        assert self.board is not None
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self.board.add_scalar(name, value, step)
+
+    def advance(self, step: int, note: str) -> None:
+        self.progress.update(self.task, completed=step, note=note)
+        if self.progress.disable:
+            self.say(f"step {step}  {note}")
+
+    def save_grid(self, name: str, images: Tensor, columns: int = 8) -> None:
+        """Write images (N, 3, H, W) in [0, 1] as one picture under samples/, enlarged if they are tiny."""
+        if not self.main or not len(images):
+            return
+        images = images[:, 0] if images.dim() == 5 else images  # first frame of a video
+        scale = max(1, 128 // images.shape[-1])
+        images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        save_image(make_grid(images, columns, padding=4, pad_value=1), self.folder / "samples" / name)
+
+    def close(self) -> None:
+        self.progress.stop()
+        if self.board is not None:
+            self.board.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _keep_metrics_before(self, done: int) -> None:
+        """Drop lines of steps that will be done again, and a line that a kill cut short."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= done]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process has held on its GPU, or, without one, in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,158 @@
+"""Train the world's small CLIP (an `open_clip` model of its own config) from nothing, contrastively, with hard negatives.
+
+Every image meets its caption, the other captions of the batch and two near misses of its own (another colour, shape or
+count, swapped attributes, the opposite relation). An auxiliary loss asks each image patch which object covers it; it is
+not part of the shipped model, but lets so small a run learn shapes within minutes.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .captions import caption
+from .drawing import draw
+from .scenes import COLOURS, RELATIONS, SHAPES, Scene, Spec, place, sample_spec
+from .text import MAX_TOKENS, make_tokenizer, save_tokenizer
+
+log = logging.getLogger(__name__)
+PATCH = 8
+CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": 64,
+        "layers": 4,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": PATCH,
+        "pool_type": "avg",
+    },
+    "text_cfg": {
+        "context_length": MAX_TOKENS,
+        "vocab_size": len(make_tokenizer()),
+        "hf_tokenizer_name": "shapes",
+        "width": 128,
+        "heads": 4,
+        "layers": 3,
+    },
+}
+PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:
+    """A meaning that differs from `spec` in one respect."""
+    groups = [list(g) for g in spec.groups]
+    kind = rng.integers(4 if len(groups) == 1 else 6)
+    k = rng.integers(len(groups))
+    if kind == 5 and spec.relation:
+        return Spec(
+            spec.groups,
+            {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[spec.relation],
+        )
+    if kind >= 4:
+        part = 0 if groups[0][0] != groups[1][0] else 1  # swap colours, or shapes where the colours are equal
+        groups[0][part], groups[1][part] = groups[1][part], groups[0][part]
+    elif kind == 3 or (kind == 2 and spec.relation):
+        groups[k][1] = SHAPES[rng.integers(len(SHAPES))]
+    elif kind == 2:
+        groups[k][2] = int(rng.integers(1, 5))
+    else:
+        groups[k][0] = list(COLOURS)[rng.integers(len(COLOURS))]
+    relation = RELATIONS[rng.integers(4)] if spec.relation and rng.random() < 0.3 else spec.relation
+    return Spec(tuple((c, s, n) for c, s, n in groups), relation)
+
+
+def patch_labels(scenes: Sequence[Scene]) -> Tensor:
+    """Which (colour, shape) covers the middle of each patch, (N, 64) int64; 0 is the background."""
+    labels = torch.zeros(len(scenes), 64 // PATCH, 64 // PATCH, dtype=torch.long)
+    centres = (np.arange(64 // PATCH) + 0.5) * PATCH
+    for n, scene in enumerate(scenes):
+        for o in scene.objects:
+            rows = np.abs(centres - o.y) < max(o.radius * 0.8, PATCH / 2)
+            columns = np.abs(centres - o.x) < max(o.radius * 0.8, PATCH / 2)
+            value = 1 + list(COLOURS).index(o.colour) * len(SHAPES) + SHAPES.index(o.shape)
+            labels[n][np.ix_(rows, columns)] = value
+    return labels.flatten(1)
+
+
+def train_clip(
+    folder: Path | str,
+    *,
+    steps: int = 3000,
+    batch_size: int = 64,
+    learning_rate: float = 1.5e-3,
+    scenes: int = 30_000,
+    seed: int = 0,
+    device: str = "cpu",
+    seconds: float = math.inf,
+) -> nn.Module:
+    """Train on drawn scenes of training captions; stops early after `seconds`; writes an open_clip "local-dir" folder."""
+    torch.manual_seed(seed)
+    rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    model = open_clip.model.CLIP(**CONFIG).to(device)
+    model.visual.output_tokens = True
+    head = nn.Linear(128, 1 + len(COLOURS) * len(SHAPES)).to(device)
+    tokenizer = make_tokenizer()
+    specs = [sample_spec(rng) for _ in range(scenes)]
+    placed = [place(s, rng) for s in specs]
+    pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, scenes, 256)])
+    labels = patch_labels(placed)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=0.02)
+    started = time.monotonic()
+    for step in range(steps):
+        progress = max(step / steps, (time.monotonic() - started) / seconds)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        rows = torch.randint(scenes, (batch_size,), generator=random).tolist()
+        chosen = [specs[r] for r in rows]
+        meanings = chosen + [near_miss(s, rng) for s in chosen for _ in range(2)]
+        texts = [caption(s, rng) for s in meanings]
+        ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(device)
+        images = pictures[rows].to(device).float() / 127.5 - 1
+        images = images + 0.1 * torch.rand(batch_size, 1, 1, 1) * torch.randn(images.shape, generator=random).to(device)
+        pooled, tokens = model.visual(images)
+        similarity = F.normalize(pooled, dim=-1) @ F.normalize(model.encode_text(ids), dim=-1).T
+        logits = similarity * model.logit_scale.exp().clamp(max=100)
+        keys = [s.key() for s in meanings]
+        same = torch.tensor([[a == b for b in keys] for a in keys[:batch_size]])
+        same[:, :batch_size].fill_diagonal_(False)
+        logits = logits.masked_fill(same.to(device), -1e4)  # another wording of one's own meaning is no negative
+        target = torch.arange(batch_size, device=device)
+        contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)
+        patches = F.cross_entropy(head(tokens).flatten(0, 1), labels[rows].to(device).flatten())
+        loss = contrast / 2 + patches
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            hit = (logits.argmax(-1) == target).float().mean().item()
+            log.info(
+                "clip step %d contrast %.3f patches %.3f top-1 %.2f seconds %.0f",
+                *(step, contrast.item() / 2, patches.item(), hit, time.monotonic() - started),
+            )
+    model.visual.output_tokens = False
+    save_clip(model.eval(), folder)
+    return model
+
+
+def save_clip(model: nn.Module, folder: Path | str) -> None:
+    """Write config, fp16 weights and tokenizer in open_clip's "local-dir" layout."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {k: v.detach().half().contiguous().cpu() for k, v in model.state_dict().items()}
+    save_file(weights, str(folder / "open_clip_model.safetensors"))
+    save_tokenizer(folder)

@@ -1,0 +1,184 @@
+"""Train the world's flow-matching text-to-image model from nothing: a real `StableDiffusion3Pipeline`, only small.
+
+The transformer and the two text encoders learn together, on latents of drawn scenes, by rectified-flow matching with
+logit-normal times (Esser et al. 2024, arXiv:2403.03206); the exponential moving average of the weights is what ships.
+"""
+
+import copy
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from .captions import caption
+from .drawing import draw
+from .scenes import place, sample_spec
+from .text import MAX_TOKENS, make_tokenizer
+
+log = logging.getLogger(__name__)
+DEFAULTS = {"num_steps": 10, "guidance_scale": 1.0, "call_kwargs": {"max_sequence_length": 1}}
+
+
+def _text_encoder(width: int, layers: int, tokenizer) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 32),
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def make_flow_pipeline(vae: AutoencoderKL, heads: int = 4, layers: int = 5) -> StableDiffusion3Pipeline:
+    """An untrained pipeline of the world's size around a trained autoencoder."""
+    tokenizer = make_tokenizer()
+    first, second = _text_encoder(128, 3, tokenizer), _text_encoder(32, 2, tokenizer)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=160,
+        caption_projection_dim=32 * heads,
+        pooled_projection_dim=160,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=make_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def encode_captions(pipe: StableDiffusion3Pipeline, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids (N, MAX_TOKENS) to the (N, MAX_TOKENS + 1, 160) and (N, 160) embeddings the pipeline itself makes."""
+    outputs = [e(tokens, output_hidden_states=True) for e in (pipe.text_encoder, pipe.text_encoder_2)]
+    clip = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
+    return torch.cat([clip, clip.new_zeros(len(clip), 1, clip.shape[-1])], dim=1), torch.cat(
+        [o[0] for o in outputs], dim=-1
+    )
+
+
+@torch.no_grad()
+def make_latents(vae: AutoencoderKL, count: int, seed: int, wordings: int = 4) -> tuple[Tensor, Tensor]:
+    """Draw and encode `count` training scenes: latents (count, 4, 16, 16) and token ids (count, wordings, MAX_TOKENS)."""
+    rng, tokenizer = np.random.default_rng(seed), make_tokenizer()
+    latents, texts = [], []
+    for start in range(0, count, 128):
+        specs = [sample_spec(rng) for _ in range(min(128, count - start))]
+        pictures = draw([place(s, rng) for s in specs]).to(vae.device)
+        z = vae.encode(pictures * 2 - 1).latent_dist.mean
+        latents.append(((z - vae.config.shift_factor) * vae.config.scaling_factor).cpu())
+        texts += [caption(s, rng) for s in specs for _ in range(wordings)]
+    ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    return torch.cat(latents), ids.view(count, wordings, MAX_TOKENS)
+
+
+def train_flow(
+    vae: AutoencoderKL,
+    folder: Path | str,
+    *,
+    steps: int = 20_000,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    scenes: int = 60_000,
+    seed: int = 0,
+    device: str = "cpu",
+    seconds: float = math.inf,
+) -> StableDiffusion3Pipeline:
+    """Train, saving the averaged weights to `folder` every 1,000 steps; stops early after `seconds`.
+
+    The learning rate falls along a cosine of training progress, measured in steps or, where that is further, seconds.
+    """
+    torch.manual_seed(seed)
+    pipe = make_flow_pipeline(vae.to(device)).to(device)
+    trained = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
+    averaged = copy.deepcopy(trained).requires_grad_(False)
+    latents, ids = make_latents(vae, scenes, seed)
+    empty = make_tokenizer()("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    random = torch.Generator().manual_seed(seed)
+    started, recent = time.monotonic(), 0.0
+    for step in range(steps):
+        progress = max(step / steps, (time.monotonic() - started) / seconds)
+        if progress >= 1:
+            break
+        rate = learning_rate * min((step + 1) / 500, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = torch.randint(scenes, (batch_size,), generator=random)
+        tokens = ids[rows, torch.randint(ids.shape[1], (batch_size,), generator=random)].clone()
+        tokens[torch.rand(batch_size, generator=random) < 0.1] = empty  # for classifier-free guidance
+        clean = latents[rows].to(device)
+        noise = torch.randn(clean.shape, generator=random).to(device)
+        sigma = torch.randn(batch_size, generator=random).sigmoid().to(device)
+        embeds, pooled = encode_captions(pipe, tokens.to(device))
+        at = sigma[:, None, None, None]
+        velocity = pipe.transformer(
+            hidden_states=(1 - at) * clean + at * noise,
+            timestep=sigma * 1000,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+        ).sample
+        loss = (velocity - (noise - clean)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)
+        recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
+        if step % 100 == 0:
+            log.info("flow step %d loss %.4f lr %.1e seconds %.0f", step, recent, rate, time.monotonic() - started)
+        if step % 1000 == 999:
+            save_flow(pipe, averaged, folder)
+    return save_flow(pipe, averaged, folder)
+
+
+def save_flow(pipe: StableDiffusion3Pipeline, averaged: nn.ModuleList, folder: Path | str) -> StableDiffusion3Pipeline:
+    """Write the pipeline with the averaged weights, in fp16, and its generation defaults."""
+    import json
+
+    transformer, first, second = (copy.deepcopy(m).half().eval() for m in averaged)
+    shipped = StableDiffusion3Pipeline(
+        transformer=transformer,
+        text_encoder=first,
+        text_encoder_2=second,
+        vae=copy.deepcopy(pipe.vae).half(),
+        scheduler=pipe.scheduler,
+        tokenizer=pipe.tokenizer,
+        tokenizer_2=pipe.tokenizer_2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    shipped.save_pretrained(folder)
+    Path(folder, "visalign.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
+    return shipped
