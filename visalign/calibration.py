@@ -119,7 +119,9 @@ def _predict(driver: PipelineDriver, learned: Learned, latents: Tensor, step: in
     def step_fn(_step: int, _latents: Tensor, prediction: Tensor) -> None:
         seen.append(prediction)
 
-    options = dict(denoisers=learned.denoisers, feed=learned.feed, steps={step}, states={step: latents}, leave=True)
+    options: dict[str, Any] = dict(
+        denoisers=learned.denoisers, feed=learned.feed, steps={step}, states={step: latents}, leave=True
+    )
     driver.run(*call, step_fn, **options)
     return seen[0]
 
@@ -132,7 +134,9 @@ def _takes_latents(driver: PipelineDriver, learned: Learned, noise: Tensor, dtyp
     def step_fn(_step: int, latents: Tensor, _prediction: Tensor) -> None:
         seen.append(latents)
 
-    options = dict(denoisers=learned.denoisers, steps={first}, states={first: given}, leave=True, stub_all=True)
+    options: dict[str, Any] = dict(
+        denoisers=learned.denoisers, steps={first}, states={first: given}, leave=True, stub_all=True
+    )
     with contextlib.suppress(ValueError, TypeError, RuntimeError, IndexError):  # another layout
         driver.run(*call, step_fn, feed=(first, dtype), **options)
     return bool(seen) and seen[0].shape == given.shape and torch.equal(seen[0], given)

@@ -91,7 +91,9 @@ class Generator:
             ValueError: no such folder, a folder without `model_index.json`, or an unreadable `visalign.json`.
         """
         defaults = folder_defaults(id_or_folder)
-        pipeline = DiffusionPipeline.from_pretrained(str(id_or_folder), torch_dtype=dtype, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(id_or_folder), dtype=dtype, use_safetensors=True, **absent_components(id_or_folder)
+        )
         return cls(
             pipeline.to(device),
             num_steps=num_steps if num_steps is not None else defaults.get("num_steps", 10),
@@ -146,7 +148,7 @@ class Generator:
         def step_fn(_step_index: int, latents: Tensor, _prediction: Tensor) -> None:
             seen.append(latents)
 
-        options = dict(denoisers=learned.denoisers, steps={learned.first}, leave=True, stub_all=True)
+        options: dict[str, Any] = dict(denoisers=learned.denoisers, steps={learned.first}, leave=True, stub_all=True)
         self._driver.run(prompts, seeds, inputs, step_fn, **options)
         return seen[0]
 
@@ -220,7 +222,7 @@ class Generator:
                 raise ValueError(f"latents: got {len(state)} at step {step}, expected {len(prompts)}, one per prompt")
         if not steps and not decode:
             return states[start] if states else self.noise(prompts, seeds, **inputs)
-        options = dict(denoisers=learned.denoisers, feed=learned.feed, grad_steps=grad_steps)
+        options: dict[str, Any] = dict(denoisers=learned.denoisers, feed=learned.feed, grad_steps=grad_steps)
         run, media = self._driver.run(
             prompts, seeds, inputs, step_fn, steps=steps, states=states, leave=not decode, **options
         )
