@@ -440,7 +440,9 @@ def test_options_of_a_sum_are_refused_and_a_reward_twice_gets_two_labels():
     assert labels == ["gold", "gold_2"]
 
 
-def test_registering_a_name_makes_it_known_and_twice_is_an_error():
+def test_registering_a_name_makes_it_known_and_twice_is_an_error(monkeypatch):
+    monkeypatch.setattr("visalign.rewards.base._REWARDS", {})
+
     @register_reward("test_only_contrast")
     class Contrast:
         def __init__(self, gain=1.0):
