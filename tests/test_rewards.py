@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import EMBEDDING, save_tiny_clip
+
+from visalign.images import images_to_pil
 from visalign.rewards import (
     CombinedReward,
     Member,
@@ -25,8 +27,6 @@ from visalign.rewards import (
 )
 from visalign.rewards.aesthetic import LAYERS
 from visalign.rewards.clip_encoder import SHIPPED, preprocess
-
-from visalign.images import images_to_pil
 from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import place, sample_spec

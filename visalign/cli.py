@@ -109,7 +109,6 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     import torch
-
     from PIL import Image, UnidentifiedImageError
 
     from visalign.images import pil_to_images

@@ -5,6 +5,7 @@ step to a function of the caller; steps that are not wanted are passed with the 
 guidance, packing and decoding are the pipeline's own, in rollouts and in training alike.
 """
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from visalign.calibration import Learned, check, learn
 from visalign.driver import PipelineDriver
 from visalign.loop import StepFn
-from visalign.pipeline_calls import call_parameters, check_batch, check_names, folder_defaults, refuse_unfit, to_images
+from visalign.pipeline_calls import (
+    absent_components,
+    call_parameters,
+    check_batch,
+    check_names,
+    folder_defaults,
+    refuse_unfit,
+    to_images,
+)
 from visalign.schedulers import to_supported_scheduler
 from visalign.stepping import UnsupportedPipeline
 from visalign.transitions import Schedule
@@ -91,9 +100,11 @@ class Generator:
             ValueError: no such folder, a folder without `model_index.json`, or an unreadable `visalign.json`.
         """
         defaults = folder_defaults(id_or_folder)
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(id_or_folder), dtype=dtype, use_safetensors=True, **absent_components(id_or_folder)
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)  # the name that 0.38 knows, too
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(id_or_folder), torch_dtype=dtype, use_safetensors=True, **absent_components(id_or_folder)
+            )
         return cls(
             pipeline.to(device),
             num_steps=num_steps if num_steps is not None else defaults.get("num_steps", 10),

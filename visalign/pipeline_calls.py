@@ -126,3 +126,15 @@ def folder_defaults(id_or_folder: str | Path) -> dict[str, Any]:
         if key not in _FOLDER_KEYS:
             raise unknown_name(str(file), key, _FOLDER_KEYS)
     return defaults
+
+
+def absent_components(id_or_folder: str | Path) -> dict[str, None]:
+    """The components that a model folder names as absent ([null, null]), e.g. SD3 without its T5, as None each.
+
+    diffusers wants them named at loading where the pipeline class does not count them as optional.
+    """
+    file = Path(id_or_folder) / "model_index.json"
+    if not file.is_file():
+        return {}
+    index = json.loads(file.read_text())
+    return {name: None for name, value in index.items() if value == [None, None]}

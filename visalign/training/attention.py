@@ -17,8 +17,8 @@ def set_attention(module: nn.Module, name: str) -> str:
     """Use an attention backend in a denoiser; returns the name of the one in use.
 
     Args:
-        name: "auto" takes the fastest that works here for training (flash3, flash, xformers, sdpa in this order), or one
-            of sdpa, flash, flash3, sage, xformers.
+        name: "auto" takes the fastest that works here for training (flash3, flash, xformers, sdpa, in this order), or
+            one of sdpa, flash, flash3, sage, xformers.
 
     Raises:
         ValueError: unknown, not installed, unfit for this machine, or without a backward pass.

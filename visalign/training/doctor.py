@@ -47,10 +47,14 @@ def examine(cfg: Any) -> Iterator[Finding]:
     yield _kl_gradient(parts, trajectory, transition)
     yield _batch_scores(cfg.reward, parts, trajectory)
     images = bool(trajectory.images.isfinite().all())
-    yield Finding("images", images, "all pixels finite" if images else "NaN in the decoded images: decode in fp32 or bf16")
+    yield Finding(
+        "images", images, "all pixels finite" if images else "NaN in the decoded images: decode in fp32 or bf16"
+    )
     trained = sum(p.numel() for p in parts.policy.trained.values())
     yield Finding("memory", True, f"{peak_memory() / 2**30:.2f} GiB at batch {count}, {parts.attention} attention")
-    yield Finding("disk", True, f"{16 * trained * (cfg.keep + 2) / 2**30:.2f} GiB of checkpoints, {trained:,} parameters")
+    yield Finding(
+        "disk", True, f"{16 * trained * (cfg.keep + 2) / 2**30:.2f} GiB of checkpoints, {trained:,} parameters"
+    )
 
 
 def _prompts(plan: setup.Plan) -> Finding:
@@ -70,7 +74,9 @@ def _ratio(parts: setup.Parts, trajectory: Trajectory, transition: Any, clip_ran
     parts.generator.denoise(trajectory.prompts, trajectory.seeds, compare, latents=trajectory.latents)
     ratio = torch.stack(worst).max().exp().item() - 1
     good = ratio <= min(1e-6, 0.1 * clip_range)
-    return Finding("ratio", good, f"differs from 1 by at most {ratio:.1e} over {len(worst)} steps (clip {clip_range:g})")
+    return Finding(
+        "ratio", good, f"differs from 1 by at most {ratio:.1e} over {len(worst)} steps (clip {clip_range:g})"
+    )
 
 
 def _kl_gradient(parts: setup.Parts, trajectory: Trajectory, transition: Any) -> Finding:

@@ -1,4 +1,4 @@
-"""What a finished run says: summary.json, and report.html with curves, the pictures before and after, and the config."""
+"""What a finished run says: summary.json, and report.html with curves, pictures before and after, and the config."""
 
 import base64
 import html
@@ -34,7 +34,8 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     rows = "".join(f"<tr><td>{_text(k)}<td>{_text(_short(v))}" for k, v in summary.items())
     samples = "".join(
-        f"<figure><figcaption>{title}</figcaption><img alt='{title}' src='{_embed(folder / 'samples' / name)}'></figure>"
+        f"<figure><figcaption>{title}</figcaption><img alt='{title}' "
+        f"src='{_embed(folder / 'samples' / name)}'></figure>"
         for title, name in (("before", "before.png"), ("after", "after.png"))
         if (folder / "samples" / name).is_file()
     )
@@ -43,7 +44,8 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
 table {{ border-collapse: collapse }} td {{ padding: .15em 1.2em .15em 0; border-bottom: 1px solid #ddd }}
-.pictures {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; flex: 1 1 480px }} img {{ max-width: 100% }}
+.pictures {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; flex: 1 1 480px }}
+img {{ max-width: 100% }}
 figcaption {{ font-weight: 600 }} pre {{ background: #f5f5f5; padding: 1em; overflow: auto }}</style>
 <h1>{_text(folder.name)}</h1><table>{rows}</table>
 <h2>Same prompts, same seeds</h2><div class="pictures">{samples}</div>

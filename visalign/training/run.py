@@ -1,4 +1,4 @@
-"""A run's folder and its instruments: metrics, tensorboard, pictures, stage timers, progress, and being told to stop."""
+"""A run's folder and its instruments: metrics, tensorboard, pictures, stage timers, progress, being told to stop."""
 
 import json
 import os

@@ -333,7 +333,8 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
 def announce(run: Run, cfg: CommonConfig, plan: Plan, parts: Parts) -> None:
     trained = sum(p.numel() for p in parts.policy.trained.values())
     run.say(
-        f"{cfg.model}: {trained:,} trained parameters ({'LoRA' if cfg.lora_rank else 'all'}), attention {parts.attention}, "
+        f"{cfg.model}: {trained:,} trained parameters ({'LoRA' if cfg.lora_rank else 'all'}), "
+        f"attention {parts.attention}, "
         f"reward {cfg.reward}, {len(plan.prompts)} prompts, {len(plan.eval_prompts)} held out; run folder {plan.folder}"
     )
     for warning in plan.warnings:

@@ -1,4 +1,4 @@
-"""Train the world's small CLIP (an `open_clip` model of its own config) from nothing, contrastively, with hard negatives.
+"""Train the world's small CLIP (an `open_clip` model of its own config) from nothing, by contrast with near misses.
 
 Every image meets its caption, the other captions of the batch and two near misses of its own (another colour, shape or
 count, swapped attributes, the opposite relation). An auxiliary loss asks each image patch which object covers it; it is
@@ -95,7 +95,7 @@ def train_clip(
     device: str = "cpu",
     seconds: float = math.inf,
 ) -> nn.Module:
-    """Train on drawn scenes of training captions; stops early after `seconds`; writes an open_clip "local-dir" folder."""
+    """Train on drawn scenes of training captions; stops early after `seconds`; writes an open_clip folder."""
     torch.manual_seed(seed)
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = open_clip.model.CLIP(**CONFIG).to(device)

@@ -88,7 +88,7 @@ def encode_captions(pipe: StableDiffusion3Pipeline, tokens: Tensor) -> tuple[Ten
 
 @torch.no_grad()
 def make_latents(vae: AutoencoderKL, count: int, seed: int, wordings: int = 4) -> tuple[Tensor, Tensor]:
-    """Draw and encode `count` training scenes: latents (count, 4, 16, 16) and token ids (count, wordings, MAX_TOKENS)."""
+    """Draw and encode `count` training scenes: latents (count, 4, 16, 16), token ids (count, wordings, MAX_TOKENS)."""
     rng, tokenizer = np.random.default_rng(seed), make_tokenizer()
     latents, texts = [], []
     for start in range(0, count, 128):

@@ -47,7 +47,10 @@ def training_pictures(count: int, seed: int) -> Tensor:
 def train_vae(
     steps: int = 2400, batch_size: int = 8, seed: int = 0, device: str = "cpu", vae: AutoencoderKL | None = None
 ) -> AutoencoderKL:
-    """Train on drawn scenes (L1, four times on objects, + KL); sets `scaling_factor` and `shift_factor` so that latents have mean 0, std 1."""
+    """Train on drawn scenes (L1, fourfold on objects, + KL), from `vae` or from nothing.
+
+    Sets `scaling_factor` and `shift_factor` so that latents have mean 0 and std 1.
+    """
     torch.manual_seed(seed)
     vae = (vae or make_vae()).requires_grad_(True).train().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -64,7 +67,11 @@ def train_vae(
         error = (recon - images).abs()
         chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
         weight = 1 + 3 * F.max_pool2d((chroma > 0.4).float(), 5, 1, 2)  # objects and their surroundings
-        loss = (weight * error).mean() + F.mse_loss(recon, images) + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            (weight * error).mean()
+            + F.mse_loss(recon, images)
+            + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -16,7 +16,8 @@ RELATION_WORDS = {
 }
 _WORD_NUMBER = {word: number for number, words in NUMBERS.items() for word in words} | {"an": 1}
 _GROUP = re.compile(
-    rf"(?P<n>{'|'.join(sorted(_WORD_NUMBER, key=len, reverse=True))}) (?P<c>{'|'.join(COLOURS)}) (?P<s>{'|'.join(SHAPES)})s?"
+    rf"(?P<n>{'|'.join(sorted(_WORD_NUMBER, key=len, reverse=True))}) "
+    rf"(?P<c>{'|'.join(COLOURS)}) (?P<s>{'|'.join(SHAPES)})s?"
 )
 
 

@@ -27,7 +27,7 @@ _PALETTE = np.array(list(COLOURS.values()))
 
 @dataclass(frozen=True)
 class Verdict:
-    """Per criterion whether it holds, with the objects read. `score` is the fraction that holds, `strict` all of them."""
+    """Per criterion whether it holds, and the objects read. `score` is the fraction that holds, `strict` all."""
 
     criteria: dict[str, bool]
     objects: tuple[Placed, ...]

@@ -30,7 +30,7 @@ _OPPOSITE = {"right of": "left of", "below": "above"}
 
 @dataclass(frozen=True)
 class Spec:
-    """Meaning of a caption: ((colour, shape, count), ...) in the order named, and the first's relation to the second."""
+    """Meaning of a caption: ((colour, shape, count), ...) in the order named; the first's relation to the second."""
 
     groups: tuple[tuple[str, str, int], ...]
     relation: str | None = None
