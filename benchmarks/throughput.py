@@ -1,10 +1,11 @@
 """How much of the bare denoiser's speed a rollout and a training step keep: ratios measured in one process.
 
     python benchmarks/throughput.py             # the shipped shapes model, batch 32, float32, on this machine's CPU
-    python benchmarks/throughput.py --gpu       # also a transformer of SD3.5-Medium's size, random weights, bf16, 512 px
+    python benchmarks/throughput.py --gpu       # also a transformer of SD3.5-Medium's size, random weights
 
 Baseline: the denoiser alone, called on latents and embeddings of the same shapes; forward only for rollouts, forward
-and backward of a sum of squares for training. Baseline and measurement alternate, and the median of their ratios is printed.
+and backward of a sum of squares for training. Baseline and measurement alternate; the median of their ratios is
+printed.
 """
 
 import argparse

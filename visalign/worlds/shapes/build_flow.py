@@ -5,6 +5,7 @@ logit-normal times (Esser et al. 2024, arXiv:2403.03206); the exponential moving
 """
 
 import copy
+import json
 import logging
 import math
 import time
@@ -165,8 +166,6 @@ def train_flow(
 
 def save_flow(pipe: StableDiffusion3Pipeline, averaged: nn.ModuleList, folder: Path | str) -> StableDiffusion3Pipeline:
     """Write the pipeline with the averaged weights, in fp16, and its generation defaults."""
-    import json
-
     transformer, first, second = (copy.deepcopy(m).half().eval() for m in averaged)
     shipped = StableDiffusion3Pipeline(
         transformer=transformer,
