@@ -1,5 +1,7 @@
 """Choosing how attention is computed, through diffusers' own backends."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -42,17 +44,17 @@ def set_attention(module: nn.Module, name: str) -> str:
             return candidate
         except ValueError:
             continue
-    _set(module, "sdpa")
-    return "sdpa"
+    return "sdpa"  # what diffusers uses unless told otherwise
 
 
 def _set(module: nn.Module, name: str) -> None:
-    if not hasattr(module, "set_attention_backend"):
+    choose: Any = getattr(module, "set_attention_backend", None)
+    if choose is None:
         if name != "sdpa":
             raise ValueError(f"attention: got {name!r}, expected 'sdpa' ({type(module).__name__} has no other)")
         return
     try:
-        module.set_attention_backend(NAMES[name])
+        choose(NAMES[name])
     except (RuntimeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"attention: got {name!r}, which cannot be used here ({reason})") from None

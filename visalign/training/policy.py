@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -41,7 +41,7 @@ class Policy:
         seed: int = 0,
     ):
         self.generator, self.lora_rank = generator, lora_rank
-        self.module = generator.denoiser
+        self.module = cast(Any, generator.denoiser)  # a diffusers model: its adapter methods are not in nn.Module
         self.component = next(n for n, m in generator.denoisers.items() if m is self.module)
         for component in generator.pipeline.components.values():
             if isinstance(component, nn.Module):

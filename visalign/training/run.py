@@ -48,7 +48,8 @@ class Run:
     """
 
     def __init__(self, folder: Path, *, main: bool, total: int, done: int = 0):
-        self.folder, self.main, self.stopping = folder, main, None
+        self.folder, self.main = folder, main
+        self.stopping: str | None = None
         self.seconds: dict[str, float] = {}
         self.console = Console(stderr=True, quiet=not main)
         self.progress = Progress(

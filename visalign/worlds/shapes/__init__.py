@@ -18,7 +18,9 @@ def world_prompts(split: str, count: int, seed: int = 0) -> list[str]:
     """
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
-    rng, seen, prompts, tries = np.random.default_rng([seed, SPLITS.index(split)]), set(), [], 0
+    rng, tries = np.random.default_rng([seed, SPLITS.index(split)]), 0
+    seen: set[str] = set()
+    prompts: list[str] = []
     while len(prompts) < count:
         tries += 1
         spec = sample_spec(rng, split, KINDS[tries % len(KINDS)])

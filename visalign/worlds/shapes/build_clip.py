@@ -50,7 +50,7 @@ PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": 
 
 def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:
     """A meaning that differs from `spec` in one respect."""
-    groups = [list(g) for g in spec.groups]
+    groups: list[list] = [list(g) for g in spec.groups]
     kind = rng.integers(4 if len(groups) == 1 else 6)
     k = rng.integers(len(groups))
     if kind == 5 and spec.relation:
