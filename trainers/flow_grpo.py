@@ -11,7 +11,7 @@ and step alone, so results do not depend on the number of processes.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,29 @@ class Config(setup.CommonConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight: got {self.kl_weight}, expected >= 0")
-        self.make_window()
+        make_transition(self.sampler, eta=self.eta)
+        self._check_window()
+
+    def _check_window(self) -> None:
+        steps = self.make_window()(0)
+        if not 0 < self.timestep_fraction <= 1 or len(steps) > 1 and int(self.timestep_fraction * len(steps)) < 1:
+            raise ValueError(
+                f"timestep_fraction: got {self.timestep_fraction} of {len(steps)} steps, expected within (0, 1] and at "
+                "least one step"
+            )
+        low, high = self.window_span or (0, self.num_steps - 1)
+        to_end = self.window == "all" or self.window == "random" and high == self.num_steps
+        if to_end and self.window_size == 1 and self.sampler == "cps":
+            raise ValueError(
+                f"window_span: got {(low, high)}, expected one that ends before the last step (cps: no noise)"
+            )
+        if self.post_ratio is not None and (to_end or not 0 < self.post_ratio <= 1):
+            raise ValueError(
+                f"post_ratio: got {self.post_ratio} with window {self.window!r}, expected within (0, 1] and a window "
+                "that leaves steps after it"
+            )
+        if self.solver != "ode" and self.window == "all":
+            raise ValueError(f"solver: got {self.solver!r} with window 'all', which leaves it no steps, expected 'ode'")
 
     def make_window(self):
         """The window of stochastic steps; options given for another kind of window are errors."""
@@ -272,12 +294,23 @@ def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
     plan = setup.preflight(cfg, "flow_grpo")
     accelerator = Accelerator()
+    setup.check_shares(cfg.prompts_per_step // cfg.updates_per_step, accelerator)
     plan.folder = setup.same_on_all(plan.folder)
     parts = setup.build(cfg, plan, accelerator)
     run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
+    try:
+        train(cfg, plan, accelerator, parts, run)
+    finally:
+        run.close()
+    accelerator.end_training()
+    return plan.folder
+
+
+def train(cfg: Config, plan: setup.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
+    """The loop, between the evaluation before and the one after."""
     trainer = FlowGRPO(cfg, accelerator, run, parts)
     if accelerator.is_main_process:
-        save_config(cfg, plan.folder / "config.yaml")
+        save_config(replace(cfg, resume=None), plan.folder / "config.yaml")
     setup.announce(run, cfg, plan, parts)
     if parts.before is None:
         parts.before = trainer.evaluate(plan.eval_prompts)
@@ -299,14 +332,15 @@ def main(cfg: Config) -> Path:
             values |= trainer.update(step, shares)
             parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
             stop = setup.stopping(run, accelerator)
-            if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps and not stop:
+            if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
                 evaluation = trainer.evaluate(plan.eval_prompts[: cfg.eval_during])
                 values |= setup.evaluation_values(evaluation)
                 setup.keep_best(parts, evaluation)
-            setup.checkpoint(run, cfg, parts, accelerator, last=stop or step + 1 == cfg.steps)
             run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
             if step % max(1, cfg.steps // 10) == 0:
                 run.save_grid(f"step-{step + 1}.png", shares[0][0].trajectory.images[:16])
+            # After the log: what a kill in between leaves in it is dropped at resume, and written again.
+            setup.checkpoint(run, cfg, parts, accelerator, last=stop or step + 1 == cfg.steps)
             run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
             if stop:
                 run.say(f"stopped after step {step + 1} of {cfg.steps}; go on with --resume {plan.folder}")
@@ -314,13 +348,11 @@ def main(cfg: Config) -> Path:
         else:
             after = trainer.evaluate(plan.eval_prompts)
             setup.finish(run, cfg, plan, parts, after)
-    run.close()
-    accelerator.end_training()
-    return plan.folder
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(parse_config(Config, argv, prog="flow_grpo", description=(__doc__ or "").split("\n\n")[0]))
+    cfg = parse_config(Config, argv, prog="flow_grpo", description=(__doc__ or "").split("\n\n")[0])
+    setup.run_or_say(lambda: main(cfg), "flow_grpo")
 
 
 if __name__ == "__main__":

@@ -76,15 +76,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     from visalign.images import images_to_pil
     from visalign.rollout import rollout
     from visalign.training.policy import check_lora_fits
+    from visalign.training.run import check_writable
     from visalign.transitions import ode_of
     from visalign.worlds import resolve_model
 
-    if arguments.count < 1:
-        raise ValueError(f"count: got {arguments.count}, expected >= 1")
+    _check_count(arguments)
     model = resolve_model(arguments.model)
     if arguments.lora:
         check_lora_fits(Path(arguments.lora), Path(model))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.out, resume=True, argument="out")
     generator = Generator.from_pretrained(
         model,
         dtype=torch.float32 if arguments.device == "cpu" else torch.bfloat16,
@@ -94,6 +94,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     )
     if arguments.lora:
         generator.pipeline.load_lora_weights(arguments.lora)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     number = 0
     for prompt in arguments.prompt:
         seeds = [arguments.seed + k for k in range(arguments.count)]
@@ -105,6 +106,11 @@ def _generate(arguments: argparse.Namespace) -> None:
             image.save(path)
             print(path)
             number += 1
+
+
+def _check_count(arguments: argparse.Namespace) -> None:
+    if arguments.count < 1:
+        raise ValueError(f"count: got {arguments.count}, expected >= 1")
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -132,6 +138,7 @@ def _score(arguments: argparse.Namespace) -> None:
 def _world(arguments: argparse.Namespace) -> None:
     from visalign.worlds.shapes import WEIGHTS, world_prompts
 
+    _check_count(arguments)
     if (arguments.action == "build") != (arguments.part is not None):
         raise ValueError("world: 'build' takes one of vae, clip, flow, the other actions take none of them")
     if arguments.action == "card":

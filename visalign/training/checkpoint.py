@@ -12,6 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+STATE = {
+    "step": int,
+    "config": dict,
+    "skipped": int,
+    "train_seconds": (int, float),
+    "images_sampled": int,
+    "best": (list, type(None)),
+    "ema_updates": int,
+    "before_prompts": list,
+}  # what state.json holds
 _NAME = re.compile(r"step-(\d+)$")
 
 
@@ -33,8 +43,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         for file in partial.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # of a branch that is done again: out of the way in one move, then the new one in
+            os.replace(final, folder / f".partial-{step}-{os.getpid()}-old")
         os.replace(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -51,10 +61,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.search(p.name)[1]))  # type: ignore[index]
 
 
-def prune(folder: Path, keep: int, always: set[int]) -> None:
-    """Delete all but the newest `keep` checkpoints and those of the steps in `always`; and what a kill left behind."""
-    for path in checkpoints(folder)[:-keep]:
-        if int(_NAME.search(path.name)[1]) not in always:  # type: ignore[index]
+def prune(folder: Path, keep: int, always: set[int], newest: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and those of the steps in `always`; and what a kill left behind.
+
+    Args:
+        newest: the step just saved. Checkpoints beyond it are of a branch given up by resuming from before, and go.
+    """
+    found = {int(_NAME.search(p.name)[1]): p for p in checkpoints(folder)}  # type: ignore[index]
+    beyond = [step for step in found if newest is not None and step > newest]
+    kept = [step for step in found if step not in beyond][-keep:]
+    for step, path in found.items():
+        if step in beyond or step not in kept and step not in always:
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -71,7 +88,10 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if found := checkpoints(folder):
             return found[-1]
-    raise ValueError(f"resume: got {str(path)!r}, which holds no checkpoint, expected a run folder or a step-N folder")
+    raise ValueError(
+        f"resume: got {str(path)!r}, which holds no checkpoint, expected a run folder or a step-N folder (a run that "
+        "ended before its first checkpoint starts anew without --resume)"
+    )
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -89,6 +109,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     for name in ("trained", "ema", "optimizer"):
         if name not in tensors:
             raise ValueError(f"resume: {path} lacks {name}.safetensors, expected a checkpoint of this trainer")
+    for name, kind in STATE.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"resume: {path / 'state.json'} lacks {name!r}, expected a checkpoint of this trainer")
     return tensors, state
 
 

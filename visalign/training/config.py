@@ -20,44 +20,51 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     `--print_config` prints the resolved YAML and exits. A mistake ends the process with one line on stderr and exit
     status 2: an unknown key is answered with the nearest valid one, a value of the wrong type with the type wanted.
     """
-    argv = _with_resumed(list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(config_class, as_group=False)
     names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
     try:
+        argv = _with_resumed(argv, names)
         _check_files(argv, names)
         values = parser.parse_args(argv).as_dict()
         values.pop("config", None)
         return config_class(**values)
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
         print(f"{prog}: {_one_line(str(error), names)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _with_resumed(argv: list[str]) -> list[str]:
-    """`--resume RUN` alone means the options of that run: its config.yaml first, then the command line."""
+def _with_resumed(argv: list[str], names: list[str]) -> list[str]:
+    """`--resume RUN` alone means the options of that run, in that folder: its config.yaml, then the command line."""
     for flag, value in zip(argv, [*argv[1:], ""]):
         if flag == "--resume" or flag.startswith("--resume="):
             path = Path(flag.partition("=")[2] or value)
-            for folder in (path, path.parent.parent):
-                if (folder / "config.yaml").is_file():
-                    return ["--config", str(folder / "config.yaml"), *argv]
+            folder = path.parent.parent if path.name.startswith("step-") else path
+            if (folder / "config.yaml").is_file():
+                here = ["--run_dir", str(folder)] if "run_dir" in names else []  # it may have been moved since
+                return ["--config", str(folder / "config.yaml"), *here, *argv]
     return argv
 
 
 def _check_files(argv: list[str], names: list[str]) -> None:
-    """Unknown keys of YAML files, before the parser's own longer message."""
+    """Unknown keys and other mistakes in YAML files, before the parser's own longer messages."""
     for flag, value in zip(argv, [*argv[1:], ""]):
         path = value if flag == "--config" else flag.removeprefix("--config=") if flag.startswith("--config=") else None
         if path is None:
             continue
         if not Path(path).is_file():
             raise ValueError(f"config: got {path!r}, which is no file")
-        content = yaml.safe_load(Path(path).read_text())
-        for key in content if isinstance(content, dict) else ():
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config: got {path!r}, which is not YAML ({error})") from None
+        if content is not None and not isinstance(content, dict):
+            raise ValueError(f"config: got {path!r}, which holds a {type(content).__name__}, expected 'name: value'")
+        for key in content or ():
             if key not in names:
-                raise ValueError(f"{path}: unknown key {key!r}{_nearest(key, names)}")
+                raise ValueError(f"{path}: unknown key {key!r}{_nearest(str(key), names)}")
 
 
 def _one_line(message: str, names: list[str]) -> str:

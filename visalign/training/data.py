@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from visalign.seeds import derived_seed
+
+G = TypeVar("G")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def iteration_groups(
     return groups
 
 
-def share_of(groups: Sequence[Group], process: int, processes: int) -> list[Group]:
+def share_of(groups: Sequence[G], process: int, processes: int) -> list[G]:
     """The groups of one process, whole groups, dealt in turn, so that any prefix is shared evenly.
 
     Raises:

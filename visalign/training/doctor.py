@@ -127,7 +127,7 @@ def cli(argv: list[str]) -> None:
         for finding in examine(cfg):
             bad += not finding.good
             print(f"{'ok ' if finding.good else 'BAD'}  {finding.name}: {finding.measured}", flush=True)
-    except ValueError as error:
-        print(f"visalign doctor: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"visalign doctor: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(1 if bad else 0)

@@ -1,6 +1,8 @@
 """What is trained: LoRA or full weights of a Generator's denoiser, its reference, its average, and its export."""
 
 import copy
+import functools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,8 @@ class Policy:
 
     Args:
         generator: its denoiser is changed in place.
-        lora_rank: 0 trains all weights of the denoiser, and keeps a frozen copy as the reference.
+        lora_rank: 0 trains all weights of the denoiser, and keeps a frozen copy as the reference; a half-precision
+            denoiser then computes in its own dtype over float32 weights.
         lora_alpha: LoRA's scale is alpha / rank.
         lora_targets: names of linear layers, or ("all-linear",); None: those of attention.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -64,9 +67,12 @@ class Policy:
         self.trained: dict[str, nn.Parameter] = {
             name: p for name, p in self.module.named_parameters() if p.requires_grad
         }
+        dtype = next(iter(self.trained.values())).dtype
         for parameter in self.trained.values():
             parameter.data = parameter.data.float()
         if not lora_rank:
+            if dtype != torch.float32:
+                _compute_in(self.module, dtype)
             self.frozen = {name: p.detach().clone() for name, p in self.trained.items()}
         if gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
@@ -158,6 +164,18 @@ def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:
     return chosen
 
 
+def _compute_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a module with float32 weights compute in `dtype`, as it did before its weights were widened."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(next(module.parameters()).device.type, dtype=dtype):
+            return forward(*args, **kwargs)
+
+    module.forward = autocast_forward  # type: ignore[method-assign]
+
+
 def check_same_names(argument: str, got: dict[str, tuple[int, ...]], trained: dict[str, nn.Parameter]) -> None:
     """Refuse weights of another model, rank or target list."""
     expected = {name: tuple(p.shape) for name, p in trained.items()}
@@ -169,30 +187,49 @@ def check_same_names(argument: str, got: dict[str, tuple[int, ...]], trained: di
     raise ValueError(f"{argument}: holds {len(got)} tensors, expected {len(expected)}: made for another model")
 
 
-def check_lora_fits(lora: Path, model: Path, component: str = "transformer") -> None:
+def check_lora_fits(lora: Path, model: Path, rank: int | None = None, alpha: float | None = None) -> None:
     """Refuse a LoRA folder that does not belong to a local model, from the files' headers alone.
 
+    Args:
+        rank, alpha: those it is to be trained on with; None: any.
+
     Raises:
-        ValueError: no LoRA file there, or one of its layers is missing in the model or has other sizes.
+        ValueError: no LoRA file there, one of its layers is missing in the model or has other sizes, another rank or
+            alpha.
     """
     files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora] if lora.is_file() else []
     if not files:
         raise ValueError(f"lora: got {str(lora)!r}, which holds no .safetensors file, expected a LoRA folder")
+    layers = header(files[0])
+    if not any(".lora_" in key for key in layers):
+        raise ValueError(f"lora: got {str(files[0])!r}, which holds no LoRA layers, expected a LoRA file")
     weights: dict[str, list[int]] = {}
     for file in sorted(model.glob("*/diffusion_pytorch_model*.safetensors")):
         if file.parent.name in ("transformer", "unet"):
             weights |= {f"{file.parent.name}.{k}": s for k, s in header(file).items()}
-    if not weights:
-        return
-    for key, shape in header(files[0]).items():
-        layer, _, side = key.removesuffix(".weight").rpartition(".lora_")
+    own_alpha = lora_alpha(files[0])
+    for key, shape in layers.items():
+        layer, found, side = key.removesuffix(".weight").rpartition(".lora_")
+        if not found or not layer.startswith(("transformer.", "unet.")):
+            continue
         base = weights.get(f"{layer}.weight")
         want = None if base is None else base[1] if side == "A" else base[0]
-        have = shape[1] if side == "A" else shape[0]
-        if base is None or want != have:
+        have, own_rank = (shape[1], shape[0]) if side == "A" else (shape[0], shape[1])
+        if weights and want != have:
             raise ValueError(
                 f"lora: {str(lora)!r} does not fit {str(model)!r}: {layer} is {base}, the LoRA needs {have}"
             )
+        if rank is not None and own_rank != rank:
+            raise ValueError(f"lora: {str(lora)!r} has rank {own_rank}, expected lora_rank, {rank}")
+        if alpha is not None and (own_alpha or own_rank) != alpha:  # without a word of it, diffusers takes the rank
+            raise ValueError(f"lora: {str(lora)!r} has alpha {own_alpha or own_rank:g}, expected lora_alpha, {alpha:g}")
+
+
+def lora_alpha(file: Path) -> float | None:
+    """The alpha that a LoRA file says it was trained with; None where it does not say."""
+    with safe_open(str(file), "pt") as f:
+        said = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return next((float(v) for k, v in said.items() if k.endswith("lora_alpha")), None)
 
 
 def load_lora(policy: Policy, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A run's folder and its instruments: metrics, tensorboard, pictures, stage timers, progress, being told to stop."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -18,16 +19,18 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
+from .checkpoint import checkpoints
 
-def check_writable(folder: Path, resume: bool) -> None:
-    """Refuse a run folder that cannot be written, or that holds another run's metrics.
+
+def check_writable(folder: Path, resume: bool, argument: str = "run_dir") -> None:
+    """Refuse a folder that cannot be written, or that holds another run's checkpoints.
 
     Raises:
         ValueError: it says what to do.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run_dir: got {str(folder)!r}, a file, expected a folder")
-    if not resume and (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{argument}: got {str(folder)!r}, a file, expected a folder")
+    if not resume and checkpoints(folder / "checkpoints"):
         raise ValueError(
             f"run_dir: {str(folder)!r} already holds a run; add --resume {folder}, or choose another run_dir"
         )
@@ -37,7 +40,7 @@ def check_writable(folder: Path, resume: bool) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"run_dir: got {str(folder)!r}, which cannot be written ({error.strerror})") from None
+        raise ValueError(f"{argument}: got {str(folder)!r}, which cannot be written ({error.strerror})") from None
 
 
 class Run:
@@ -68,7 +71,7 @@ class Run:
         if main:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             self._keep_metrics_before(done)
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else 0)
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _stop(self, number: int, _frame: Any) -> None:
@@ -93,7 +96,8 @@ class Run:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, with the stages' seconds and the peak memory, and the same to tensorboard."""
-        values = {"step": step, **values}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        values = {"step": step, **finite}  # JSON has no NaN
         values |= {f"seconds_{name}": round(s, 4) for name, s in self.seconds.items()}
         values["peak_memory_bytes"] = peak_memory()
         self.seconds = {}
@@ -128,11 +132,14 @@ class Run:
             signal.signal(number, handler)
 
     def _keep_metrics_before(self, done: int) -> None:
-        """Drop lines of steps that will be done again, and a line that a kill cut short."""
+        """Drop what will be written again: lines of later steps, a finished run's last evaluation, a line cut short."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= done]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if not path.exists():
+            return
+        kept = {line["step"]: line for line in reversed(read_metrics(path)) if done and line["step"] <= done}
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in reversed(kept.values())))
+        os.replace(partial, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """What every trainer does around its loop: options, checks before anything loads, building, checkpoints, finishing."""
 
+import hashlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,13 +21,17 @@ from visalign.worlds.shapes.captions import parse
 
 from . import checkpoint as ckpt
 from .attention import NAMES, set_attention
-from .data import overlap, read_prompts
+from .data import overlap, read_prompts, share_of
 from .evaluate import Evaluation, paired_interval
 from .optimization import apply_gradients, learning_rate
-from .policy import Average, Policy, check_lora_fits, load_lora
+from .policy import Average, Policy, check_lora_fits, check_same_names, load_lora
 from .report import write_report, write_summary
 from .run import Run, check_writable, peak_memory
 
+FREE_ON_RESUME = (
+    *("steps", "resume", "run_dir", "save_every", "keep", "eval_every", "eval_during"),
+    *("batch_size", "attention", "compile", "gradient_checkpointing", "release_text_encoders"),
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,13 +89,15 @@ class CommonConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected within [0, 1)")
+        if self.lora is not None and not self.lora_rank:
+            raise ValueError(f"lora: got {self.lora!r} with lora_rank 0, expected the rank it was trained with")
         if self.attention not in ("auto", *NAMES):
             raise ValueError(f"attention: got {self.attention!r}, expected one of {['auto', *NAMES]}")
 
 
 @dataclass
 class Plan:
-    """What the checks before loading found."""
+    """What the checks before loading found. `digest` is of the prompts: a resumed run must have the same."""
 
     model: str
     folder: Path
@@ -98,6 +106,7 @@ class Plan:
     judges: dict[str, str]  # column: spec
     resume: Path | None = None
     warnings: list[str] = field(default_factory=list)
+    digest: str = ""
 
 
 @dataclass
@@ -113,6 +122,7 @@ class Parts:
     learning_rate: Callable[[int], float]
     attention: str
     max_grad_norm: float
+    digest: str
     step: int = 0
     skipped: int = 0
     train_seconds: float = 0.0
@@ -143,8 +153,6 @@ def preflight(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
     model = resolve_model(cfg.model)
     parse_spec(cfg.reward)
     resume = None if cfg.resume is None else ckpt.find_checkpoint(Path(cfg.resume))
-    if resume is not None:
-        ckpt.load_checkpoint(resume)
     folder = Path(
         cfg.run_dir or (resume.parent.parent if resume else f"runs/{trainer}-{time.strftime('%Y%m%d-%H%M%S')}")
     )
@@ -152,11 +160,31 @@ def preflight(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
     warnings = []
     if shared := overlap(prompts, held_out):
         warnings.append(f"{len(shared)} of {len(held_out)} evaluation prompts also stand in the training set")
+    digest = hashlib.blake2b("\n".join([*prompts, "", *held_out]).encode(), digest_size=8).hexdigest()
     if cfg.lora:
-        check_lora_fits(Path(cfg.lora), Path(model))
+        check_lora_fits(Path(cfg.lora), Path(model), cfg.lora_rank, alpha_of(cfg))
     judges = judge_specs(cfg, held_out)
+    if resume is not None:
+        check_same_run(cfg, digest, resume, ckpt.load_checkpoint(resume)[1])
     check_writable(folder, resume is not None)
-    return Plan(model, folder, prompts, held_out, judges, resume, warnings)
+    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest)
+
+
+def alpha_of(cfg: CommonConfig) -> float:
+    """LoRA's alpha."""
+    return 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
+
+
+def check_same_run(cfg: CommonConfig, digest: str, path: Path, state: dict[str, Any]) -> None:
+    """Raise ValueError for other prompts than the resumed run's, or another option that changes what it learns."""
+    for name, value in state["config"].items():
+        if name in FREE_ON_RESUME or not hasattr(cfg, name):
+            continue
+        now = getattr(cfg, name)
+        if (list(now) if isinstance(now, tuple) else now) != value:
+            raise ValueError(f"{name}: got {now!r}, expected {value!r}, as in the run that is resumed ({path})")
+    if state.get("prompts") != digest:
+        raise ValueError(f"prompts: {cfg.prompts!r} does not hold the prompts of the run that is resumed ({path})")
 
 
 def read_sets(cfg: CommonConfig) -> tuple[list[str], list[str]]:
@@ -208,7 +236,7 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
     policy = Policy(
         generator,
         cfg.lora_rank,
-        cfg.lora_alpha if cfg.lora_alpha is not None else 2.0 * cfg.lora_rank,
+        alpha_of(cfg),
         cfg.lora_targets,
         cfg.gradient_checkpointing,
         cfg.seed,
@@ -233,13 +261,14 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         lambda step: learning_rate(step, cfg.steps, cfg.learning_rate, cfg.warmup_steps, cfg.schedule),
         attention,
         cfg.max_grad_norm,
+        plan.digest,
     )
     parts.judges = {"reward": parts.score}
     for column, spec in plan.judges.items():
         options = {"strict": True} if column == "gold_strict" else {}
         parts.judges[column] = _scorer(spec, accelerator, **options)
     if plan.resume is not None:
-        restore(cfg, plan.resume, parts)
+        restore(plan.resume, parts)
     return parts
 
 
@@ -255,17 +284,12 @@ def _scorer(spec: str, accelerator: Accelerator, **options: Any) -> Callable[[Te
     return scores
 
 
-def restore(cfg: CommonConfig, path: Path, parts: Parts) -> None:
+def restore(path: Path, parts: Parts) -> None:
     """Put a checkpoint back: weights, average, optimiser, place in the run. All else follows from seed and step."""
     tensors, state = ckpt.load_checkpoint(path)
-    moved = {"steps", "resume", "run_dir", "save_every", "keep", "eval_every", "batch_size", "attention", "compile"}
-    for name, value in state["config"].items():
-        if name not in moved and getattr(cfg, name, value) != value:
-            now = getattr(cfg, name)
-            if not (isinstance(now, tuple) and list(now) == value):
-                raise ValueError(f"{name}: got {now!r}, expected {value!r}, as in the run that is resumed ({path})")
     device = next(iter(parts.policy.trained.values())).device
     parts.policy.load({k: v.to(device) for k, v in tensors["trained"].items()})
+    check_same_names("resume", {k: tuple(v.shape) for k, v in tensors["ema"].items()}, parts.policy.trained)
     parts.average.values = {k: v.to(device) for k, v in tensors["ema"].items()}
     parts.average.updates = state["ema_updates"]
     ckpt.load_optimizer(parts.optimizer, tensors["optimizer"])
@@ -277,8 +301,9 @@ def restore(cfg: CommonConfig, path: Path, parts: Parts) -> None:
 
 
 def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerator, last: bool) -> None:
-    """Save where due: every `save_every` steps and at the last; prune; write the LoRA at the last."""
-    if not (last or parts.step % cfg.save_every == 0):
+    """Save where due: every `save_every` steps, at the best so far, and at the last; prune."""
+    best = parts.best is not None and parts.best[1] == parts.step
+    if not (last or best or parts.step % cfg.save_every == 0):
         return
     if accelerator.is_main_process:
         with run.stage("checkpoint"):
@@ -294,6 +319,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                 },
                 {
                     "config": asdict(cfg),
+                    "prompts": parts.digest,
                     "skipped": parts.skipped,
                     "train_seconds": parts.train_seconds,
                     "images_sampled": parts.images_sampled,
@@ -302,7 +328,8 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                     "before_prompts": parts.before.prompts if parts.before else [],
                 },
             )
-            ckpt.prune(run.folder / "checkpoints", cfg.keep, {parts.best[1]} if parts.best else set())
+            always = {parts.best[1]} if parts.best else set()
+            ckpt.prune(run.folder / "checkpoints", cfg.keep, always, newest=parts.step)
     accelerator.wait_for_everyone()
 
 
@@ -317,6 +344,23 @@ def keep_best(parts: Parts, evaluation: Evaluation) -> None:
     value = evaluation.mean("reward")
     if parts.best is None or value > parts.best[0]:
         parts.best = (value, parts.step)
+
+
+def check_shares(prompts: int, accelerator: Accelerator) -> None:
+    """Refuse a number of prompts per update that the processes cannot share in whole groups."""
+    share_of([None] * prompts, accelerator.process_index, accelerator.num_processes)
+
+
+def run_or_say(train: Callable[[], Any], prog: str) -> None:
+    """Run a trainer's main; a mistake, or a failed reward, ends with one line on stderr and exit status 2."""
+    try:
+        train()
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped at once; the last checkpoint is whole, go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def same_on_all(folder: Path) -> Path:
