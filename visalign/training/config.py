@@ -21,7 +21,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     status 2: an unknown key is answered with the nearest valid one, a value of the wrong type with the type wanted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(config_class, as_group=False)
     names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
@@ -60,17 +60,21 @@ def _check_files(argv: list[str], names: list[str]) -> None:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"config: got {path!r}, which is not YAML ({error})") from None
-        if content is not None and not isinstance(content, dict):
-            raise ValueError(f"config: got {path!r}, which holds a {type(content).__name__}, expected 'name: value'")
-        for key in content or ():
+        if not isinstance(content, dict):
+            held = "nothing" if content is None else f"a {type(content).__name__}"
+            raise ValueError(f"config: got {path!r}, which holds {held}, expected lines of 'name: value'")
+        for key in content:
             if key not in names:
                 raise ValueError(f"{path}: unknown key {key!r}{_nearest(str(key), names)}")
 
 
 def _one_line(message: str, names: list[str]) -> str:
     message = re.sub(r"\s+", " ", message).strip()
-    if unknown := re.search(r"(?:Unrecognized arguments:|Key) ['\"]?(?:--)?([\w.]+)", message):
+    if unknown := re.search(r"[Uu]nrecognized arguments: (?:--)?([\w.-]+)", message):
         return f"unknown option --{unknown[1]}{_nearest(unknown[1], names)}; --help lists all"
+    if wrong := re.match(r"Parser key [\"'](\w+)[\"']: (?:.* )?[Ee]xpected a (.+?)\. Got value: (.*)", message):
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong[2]).replace("typing.", "")
+        return f"{wrong[1]}: got {wrong[3]!r}, expected {wanted}"
     return message
 
 
