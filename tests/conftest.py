@@ -28,10 +28,11 @@ calls = 0
 
 def brightness(images, prompts):
     global calls
-    calls += 1
+    calls = calls + 1 if {"TEST_KILL_AT", "TEST_FAIL_AT"} & os.environ.keys() else 0
     if str(calls) == os.environ.get("TEST_KILL_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
     if str(calls) == os.environ.get("TEST_FAIL_AT"):
+        calls = 0
         raise RuntimeError("the lamp is broken")
     scores = images.flatten(1).mean(1)
     if "TEST_SCORES" in os.environ:

@@ -1,0 +1,176 @@
+"""A run stopped, killed or extended equals the unbroken one: weights, average, optimiser, metrics, bit by bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visalign.trainers import flow_grpo
+from visalign.trainers.flow_grpo import Config, main
+from visalign.training.checkpoint import load_checkpoint
+from visalign.training.run import read_metrics
+
+EVERY = dict(steps=4, eval_every=2, eval_during=2, updates_per_step=2, kl_weight=0.1, warmup_steps=2, keep=9)
+
+
+@pytest.fixture(scope="module")
+def unbroken(options, tmp_path_factory):
+    """A run of four steps, never to be written to."""
+    return main(Config(**{**options, **EVERY, "run_dir": str(tmp_path_factory.mktemp("unbroken") / "run")}))
+
+
+def config(options, folder: Path, **changes) -> Config:
+    return Config(**{**options, **EVERY, "run_dir": str(folder), **changes})
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Send SIGTERM in the middle of a step."""
+    update = flow_grpo.FlowGRPO.update
+
+    def stopped(self, at, shares):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, at, shares)
+
+    monkeypatch.setattr(flow_grpo.FlowGRPO, "update", stopped)
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without what the clock and the machine put into it."""
+    kept = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert kept
+    return [
+        {k: v for k, v in line.items() if not k.startswith("seconds") and k != "peak_memory_bytes"}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    (values, state), (others, other_state) = (load_checkpoint(r / "checkpoints" / "step-4") for r in (one, other))
+    assert values.keys() == others.keys() == {"trained", "ema", "optimizer", "before"}
+    for name in values:
+        assert values[name].keys() == others[name].keys()
+        assert all(torch.equal(values[name][k], others[name][k]) for k in values[name]), name
+    for key in set(state) - {"train_seconds", "config"}:
+        assert state[key] == other_state[key], key
+    assert lines(one) == lines(other)
+    summaries = [json.loads((r / "summary.json").read_text()) for r in (one, other)]
+    for summary in summaries:
+        del summary["train_seconds"], summary["peak_memory_bytes"]
+    assert summaries[0] == summaries[1]
+
+
+def test_the_run_moved_its_weights_and_wrote_all_it_should(unbroken):
+    first, last = (load_checkpoint(unbroken / "checkpoints" / f"step-{k}")[0] for k in (1, 4))
+    for name in ("trained", "ema"):
+        assert any(not torch.equal(first[name][k], last[name][k]) for k in first[name])
+    steps = [line["step"] for line in lines(unbroken)]
+    assert steps == [0, 1, 2, 3, 4, 4]
+    whole = read_metrics(unbroken / "metrics.jsonl")[2]
+    assert {f"seconds_{s}" for s in ("rollout", "score", "train")} <= whole.keys() and whole["peak_memory_bytes"] > 0
+    assert whole["eval_gold_strict"] is not None and whole["skipped_updates"] == 0
+    for name in ("report.html", "summary.json", "config.yaml", "samples/before.png", "samples/after.png", "lora"):
+        assert (unbroken / name).exists()
+    summary = json.loads((unbroken / "summary.json").read_text())
+    for name in ("gold_strict", "reward"):
+        low, high = summary[f"{name}_before_interval"]
+        assert low <= summary[f"{name}_before"] <= high and f"{name}_after" in summary
+    assert (summary["num_prompts"], summary["images_sampled"]) == (4, 4 * 4)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_stopped_by_a_signal_and_resumed_equals_unbroken(options, unbroken, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        folder = main(config(options, tmp_path / "run"))
+    assert [line["step"] for line in lines(folder)] == list(range(step + 2)), "the step under way is finished and kept"
+    assert not (folder / "summary.json").exists()
+    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))))
+
+
+def test_a_finished_run_extended_equals_unbroken(options, unbroken, tmp_path):
+    folder = main(config(options, tmp_path / "run", steps=2))
+    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))))
+
+
+def test_resumed_from_an_earlier_checkpoint_the_later_branch_is_gone_and_the_end_is_equal(options, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    (folder / "checkpoints" / "step-7").mkdir()
+    shutil.copy(folder / "checkpoints" / "step-4" / "state.json", folder / "checkpoints" / "step-7")
+    main(config(options, folder, resume=str(folder / "checkpoints" / "step-3")))
+    assert_equal_runs(unbroken, folder)
+    assert not (folder / "checkpoints" / "step-7").exists()
+
+
+@pytest.mark.slow
+def test_killed_in_mid_step_and_resumed_equals_unbroken(options, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    argv = [f"--{k}={v}" for k, v in {**options, **EVERY, "run_dir": folder}.items()]
+    # Scoring calls: 2 before (4 prompts in batches of 3), then 2 a step (two shares) and 1 in evaluations under way.
+    environment = {**os.environ, "TEST_KILL_AT": "9"}  # in the middle of the third step
+    command = [sys.executable, "-m", "visalign.trainers.flow_grpo", *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert max(line["step"] for line in lines(folder)) == 2
+    # What else a kill can leave behind: a checkpoint and a line half written.
+    (folder / "checkpoints" / ".partial-3-1").mkdir()
+    (folder / "checkpoints" / ".partial-3-1" / "trained.safetensors").write_bytes(b"half")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward_mean": 0.1}\n{"step": 3, "rew')
+    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))))
+    assert not list((folder / "checkpoints").glob(".partial*"))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(options, unbroken, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setenv("TEST_FAIL_AT", "4")
+    with pytest.raises(ValueError, match="the lamp is broken"):
+        main(config(options, folder))
+    monkeypatch.delenv("TEST_FAIL_AT")
+    assert [line["step"] for line in lines(folder)] == [0]
+    with pytest.raises(ValueError, match="starts anew without --resume"):
+        main(config(options, folder, resume=str(folder)))
+    assert_equal_runs(unbroken, main(config(options, folder)))
+
+
+def test_a_failing_reward_ends_the_run_with_its_name_and_leaves_the_checkpoint(
+    options, unbroken, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TEST_FAIL_AT", "6")  # in the second step, after its first scores
+    with pytest.raises(ValueError, match="reward 'brightness', .*prompt '.*lamp is broken"):
+        main(config(options, tmp_path / "run"))
+    kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-1"]
+    one, other = (load_checkpoint(r / "checkpoints" / "step-1")[0] for r in (unbroken, tmp_path / "run"))
+    assert all(torch.equal(one["trained"][k], other["trained"][k]) for k in one["trained"])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are given back"
+
+
+def test_a_change_of_what_is_learnt_is_refused_at_resume_before_loading(options, unbroken, world_files, monkeypatch):
+    monkeypatch.setattr("visalign.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for change in (dict(lora_rank=8), dict(group_size=4), dict(learning_rate=1.0), dict(reward="gold"), dict(eta=0.5)):
+        name = next(iter(change))
+        with pytest.raises(ValueError, match=f"^{name}: got .* as in the run that is resumed"):
+            main(config(options, unbroken, resume=str(unbroken), **change))
+    train = world_files / "train.txt"
+    text = train.read_text()
+    try:
+        train.write_text(text.replace("circle", "square"))
+        with pytest.raises(ValueError, match="^prompts: .* does not hold the prompts"):
+            main(config(options, unbroken, resume=str(unbroken)))
+    finally:
+        train.write_text(text)
+
+
+def test_another_run_in_the_folder_is_not_overwritten(options, unbroken):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; add --resume"):
+        main(config(options, unbroken))
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
