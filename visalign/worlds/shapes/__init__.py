@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from .captions import caption
-from .scenes import KINDS, SPLITS, sample_spec
+from .scenes import SPLITS, sample_spec
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def world_prompts(split: str, count: int, seed: int = 0) -> list[str]:
-    """`count` captions of a split with distinct meanings, equally many of each kind in turn, the same for a seed.
+    """`count` captions of a split with distinct meanings, kinds in the proportions of training; the same for a seed.
 
     Raises:
         ValueError: an unknown split.
@@ -23,9 +23,9 @@ def world_prompts(split: str, count: int, seed: int = 0) -> list[str]:
     prompts: list[str] = []
     while len(prompts) < count:
         tries += 1
-        spec = sample_spec(rng, split, KINDS[tries % len(KINDS)])
+        spec = sample_spec(rng, split)
         if spec.key() in seen and tries < 40 * count:
-            continue  # after many tries a kind has no new meaning left: repeat some
+            continue  # after many tries few new meanings are left: repeat some
         seen.add(spec.key())
         prompts.append(caption(spec, rng))
     return prompts

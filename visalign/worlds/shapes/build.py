@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
+from transformers import CLIPTextModelWithProjection
 
 from . import WEIGHTS
 from .build_clip import train_clip
@@ -24,7 +25,8 @@ def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = N
     if part == "vae":
         train_vae(**chosen).save_pretrained(folder / "vae")
     elif part == "clip":
-        train_clip(folder / "clip", **chosen)
+        text = CLIPTextModelWithProjection.from_pretrained(WEIGHTS / "flow" / "text_encoder")
+        train_clip(folder / "clip", text_encoder=text, **chosen)
     elif part == "flow":
         own = folder / "vae"
         vae = AutoencoderKL.from_pretrained(own if own.is_dir() else WEIGHTS / "flow" / "vae")

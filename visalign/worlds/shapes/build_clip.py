@@ -1,15 +1,15 @@
 """Train the world's small CLIP (an `open_clip` model of its own config) from nothing, by contrast with near misses.
 
-Every image meets its caption, the other captions of the batch and two near misses of its own (another colour, shape or
-count, swapped attributes, the opposite relation). An auxiliary loss asks each image patch which object covers it; it is
-not part of the shipped model, but lets so small a run learn shapes within minutes.
+The text tower starts as the flow model's text encoder where that is at hand. Every image meets its caption, the other
+captions of the batch and two near misses of its own (another colour, shape or count, swapped attributes, the opposite
+relation). An auxiliary loss asks each image patch which object covers it; it is not part of the shipped model, but
+lets so small a run learn shapes within minutes.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +17,17 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from .captions import caption
-from .drawing import draw
-from .scenes import COLOURS, RELATIONS, SHAPES, Scene, Spec, place, sample_spec
+from .drawing import PATCH, draw, patch_labels
+from .scenes import COLOURS, RELATIONS, SHAPES, Spec, place, sample_spec
 from .text import MAX_TOKENS, make_tokenizer, save_tokenizer
 
 log = logging.getLogger(__name__)
-PATCH = 8
 CONFIG = {
     "embed_dim": 128,
+    "quick_gelu": True,
     "vision_cfg": {
         "image_size": 64,
         "layers": 4,
@@ -71,22 +71,33 @@ def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:
     return Spec(tuple((c, s, n) for c, s, n in groups), relation)
 
 
-def patch_labels(scenes: Sequence[Scene]) -> Tensor:
-    """Which (colour, shape) covers the middle of each patch, (N, 64) int64; 0 is the background."""
-    labels = torch.zeros(len(scenes), 64 // PATCH, 64 // PATCH, dtype=torch.long)
-    centres = (np.arange(64 // PATCH) + 0.5) * PATCH
-    for n, scene in enumerate(scenes):
-        for o in scene.objects:
-            rows = np.abs(centres - o.y) < max(o.radius * 0.8, PATCH / 2)
-            columns = np.abs(centres - o.x) < max(o.radius * 0.8, PATCH / 2)
-            value = 1 + list(COLOURS).index(o.colour) * len(SHAPES) + SHAPES.index(o.shape)
-            labels[n][np.ix_(rows, columns)] = value
-    return labels.flatten(1)
+def take_text_tower(model: nn.Module, encoder: nn.Module) -> None:
+    """Copy a transformers CLIP text encoder of the same size into an open_clip model."""
+    given = {k.removeprefix("text_model."): v.detach() for k, v in encoder.state_dict().items()}
+    state = {
+        "token_embedding.weight": given["embeddings.token_embedding.weight"],
+        "positional_embedding": given["embeddings.position_embedding.weight"],
+        "ln_final.weight": given["final_layer_norm.weight"],
+        "ln_final.bias": given["final_layer_norm.bias"],
+        "text_projection": given["text_projection.weight"].T,
+    }
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names["attn.out_proj"] = "self_attn.out_proj"
+    for k in range(CONFIG["text_cfg"]["layers"]):  # type: ignore[index]
+        ours, theirs = f"transformer.resblocks.{k}.", f"encoder.layers.{k}."
+        for part in ("weight", "bias"):
+            state |= {f"{ours}{a}.{part}": given[f"{theirs}{b}.{part}"] for a, b in names.items()}
+            qkv = [given[f"{theirs}self_attn.{x}_proj.{part}"] for x in "qkv"]
+            state[f"{ours}attn.in_proj_{part}"] = torch.cat(qkv)
+    unknown = model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"encoder: got weights for {unknown}, which the model lacks")
 
 
 def train_clip(
     folder: Path | str,
     *,
+    text_encoder: nn.Module | None = None,
     steps: int = 3000,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
@@ -99,6 +110,8 @@ def train_clip(
     torch.manual_seed(seed)
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = open_clip.model.CLIP(**CONFIG).to(device)
+    if text_encoder is not None:
+        take_text_tower(model, text_encoder)
     model.visual.output_tokens = True
     head = nn.Linear(128, 1 + len(COLOURS) * len(SHAPES)).to(device)
     tokenizer = make_tokenizer()
@@ -106,7 +119,9 @@ def train_clip(
     placed = [place(s, rng) for s in specs]
     pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, scenes, 256)])
     labels = patch_labels(placed)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=0.02, fused=True
+    )
     started = time.monotonic()
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - started) / seconds)

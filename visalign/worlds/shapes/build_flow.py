@@ -2,6 +2,8 @@
 
 The transformer and the two text encoders learn together, on latents of drawn scenes, by rectified-flow matching with
 logit-normal times (Esser et al. 2024, arXiv:2403.03206); the exponential moving average of the weights is what ships.
+An auxiliary loss asks the tokens of a middle block which object will cover their patch, as representation alignment
+does with a teacher's features (Yu et al. 2024, arXiv:2410.06940); here the drawing itself is the teacher.
 """
 
 import copy
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -22,9 +25,11 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from visalign.generator import Generator
+
 from .captions import caption
-from .drawing import draw
-from .scenes import place, sample_spec
+from .drawing import draw, patch_labels
+from .scenes import COLOURS, SHAPES, place, sample_spec
 from .text import MAX_TOKENS, make_tokenizer
 
 log = logging.getLogger(__name__)
@@ -88,18 +93,23 @@ def encode_captions(pipe: StableDiffusion3Pipeline, tokens: Tensor) -> tuple[Ten
 
 
 @torch.no_grad()
-def make_latents(vae: AutoencoderKL, count: int, seed: int, wordings: int = 4) -> tuple[Tensor, Tensor]:
-    """Draw and encode `count` training scenes: latents (count, 4, 16, 16), token ids (count, wordings, MAX_TOKENS)."""
+def make_latents(vae: AutoencoderKL, count: int, seed: int, wordings: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw and encode `count` scenes: latents (count, 4, 16, 16), ids (count, wordings, MAX_TOKENS), labels.
+
+    The labels are those of `patch_labels`, (count, 64).
+    """
     rng, tokenizer = np.random.default_rng(seed), make_tokenizer()
-    latents, texts = [], []
+    latents, labels, texts = [], [], []
     for start in range(0, count, 128):
         specs = [sample_spec(rng) for _ in range(min(128, count - start))]
-        pictures = draw([place(s, rng) for s in specs]).to(vae.device)
+        placed = [place(s, rng) for s in specs]
+        labels.append(patch_labels(placed))
+        pictures = draw(placed).to(vae.device)
         z = vae.encode(pictures * 2 - 1).latent_dist.mean
         latents.append(((z - vae.config.shift_factor) * vae.config.scaling_factor).cpu())
         texts += [caption(s, rng) for s in specs for _ in range(wordings)]
     ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-    return torch.cat(latents), ids.view(count, wordings, MAX_TOKENS)
+    return torch.cat(latents), ids.view(count, wordings, MAX_TOKENS), torch.cat(labels)
 
 
 def train_flow(
@@ -113,20 +123,32 @@ def train_flow(
     seed: int = 0,
     device: str = "cpu",
     seconds: float = math.inf,
+    start: Path | str | None = None,
 ) -> StableDiffusion3Pipeline:
-    """Train, saving the averaged weights to `folder` every 1,000 steps; stops early after `seconds`.
+    """Train, from nothing or from the folder `start`, saving the average to `folder` every 1,000 steps.
+
+    Stops early after `seconds`.
 
     The learning rate falls along a cosine of training progress, measured in steps or, where that is further, seconds.
     """
     torch.manual_seed(seed)
     pipe = make_flow_pipeline(vae.to(device)).to(device)
+    if start is not None:
+        old = Generator.from_pretrained(start, dtype=torch.float32, calibrate=False).pipeline
+        for name in ("transformer", "text_encoder", "text_encoder_2"):
+            getattr(pipe, name).load_state_dict(getattr(old, name).state_dict())
     trained = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
     averaged = copy.deepcopy(trained).requires_grad_(False)
-    latents, ids = make_latents(vae, scenes, seed)
+    latents, ids, labels = make_latents(vae, scenes, seed)
+    head = nn.Linear(pipe.transformer.inner_dim, 1 + len(COLOURS) * len(SHAPES)).to(device)
+    middle: list[Tensor] = []
+    pipe.transformer.transformer_blocks[2].register_forward_hook(lambda _m, _a, out: middle.append(out[1]))
     empty = make_tokenizer()("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [*trained.parameters(), *head.parameters()], lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     random = torch.Generator().manual_seed(seed)
-    started, recent = time.monotonic(), 0.0
+    started, recent, planning = time.monotonic(), 0.0, 0.0
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - started) / seconds)
         if progress >= 1:
@@ -149,16 +171,19 @@ def train_flow(
             pooled_projections=pooled,
         ).sample
         loss = (velocity - (noise - clean)).square().mean()
+        plan = F.cross_entropy(head(middle.pop()).flatten(0, 1), labels[rows].to(device).flatten())
         optimizer.zero_grad()
-        loss.backward()
+        (loss + 0.2 * plan).backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
+        planning = 0.98 * planning + 0.02 * plan.item() if step else plan.item()
         if step % 100 == 0:
-            log.info("flow step %d loss %.4f lr %.1e seconds %.0f", step, recent, rate, time.monotonic() - started)
+            said = (step, recent, planning, rate, time.monotonic() - started)
+            log.info("flow step %d loss %.4f plan %.4f lr %.1e seconds %.0f", *said)
         if step % 1000 == 999:
             save_flow(pipe, averaged, folder)
     return save_flow(pipe, averaged, folder)

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .scenes import COLOURS, SHAPES, SIZE, Scene
+
+PATCH = 8  # pixels a side of the patches that labels are given for
 
 
 def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
@@ -58,3 +61,16 @@ def draw(scenes: Sequence[Scene], size: int = SIZE) -> Tensor:
             colour = torch.tensor([COLOURS[o.colour] for o in objects])[:, :, None, None]
             images[rows] = images[rows] * (1 - alpha) + colour * alpha
     return images
+
+
+def patch_labels(scenes: Sequence[Scene]) -> Tensor:
+    """Which (colour, shape) covers the middle of each patch, (N, 64) int64; 0 is the background."""
+    labels = torch.zeros(len(scenes), SIZE // PATCH, SIZE // PATCH, dtype=torch.long)
+    centres = (np.arange(SIZE // PATCH) + 0.5) * PATCH
+    for n, scene in enumerate(scenes):
+        for o in scene.objects:
+            rows = np.abs(centres - o.y) < max(o.radius * 0.8, PATCH / 2)
+            columns = np.abs(centres - o.x) < max(o.radius * 0.8, PATCH / 2)
+            value = 1 + list(COLOURS).index(o.colour) * len(SHAPES) + SHAPES.index(o.shape)
+            labels[n][np.ix_(rows, columns)] = value
+    return labels.flatten(1)

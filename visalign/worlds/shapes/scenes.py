@@ -23,6 +23,7 @@ COLOURS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single", "count", "pair", "relation", "triple", "mixed")
+KIND_WEIGHTS = (0.2, 0.25, 0.2, 0.2, 0.075, 0.075)  # how often each is drawn
 SPLITS = ("train", "test", "compositional")
 HELD_OUT = {("purple", "star"), ("orange", "triangle"), ("green", "square"), ("blue", "circle")}  # never trained on
 _OPPOSITE = {"right of": "left of", "below": "above"}
@@ -87,12 +88,12 @@ class Scene:
 
 
 def sample_spec(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> Spec:
-    """Draw a meaning of `kind` (default: uniform over KINDS) that lies in `split`."""
+    """Draw a meaning of `kind` (default: by KIND_WEIGHTS) that lies in `split`."""
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {KINDS}")
-    kind = kind or KINDS[rng.integers(len(KINDS))]
+    kind = kind or KINDS[rng.choice(len(KINDS), p=KIND_WEIGHTS)]
     while True:
         spec = _random_spec(rng, kind)
         if spec.split() == split:

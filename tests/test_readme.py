@@ -1,0 +1,84 @@
+"""Every command and code block of README and docs runs as written (with a smaller amount of work)."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from visalign import cli
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--steps",
+    "1",
+    "--prompts_per_step",
+    "1",
+    "--group_size",
+    "2",
+    "--num_steps",
+    "3",
+    "--eval_count",
+    "2",
+    "--eval_during",
+    "2",
+]
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / file).read_text(), re.M | re.S)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.strip()]
+
+
+def test_the_two_main_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    mains = [c for c in commands() if c.startswith("make ")]
+    assert mains == ["make train", "make test"]
+    assert all(f"\n{c.split()[1]}: .venv/ready" in makefile for c in mains)
+
+
+def test_visalign_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    lines = [c for c in commands() if c.startswith("visalign ")]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if words[0] == "train":
+            words += SMALL if "--resume" not in words else ["--steps", "2"]
+            words += [] if "--resume" in words else ["--run_dir", "runs/NAME"]
+        if words[0] == "doctor":
+            words += SMALL
+        if words[0] == "generate":
+            words += ["--steps", "2"]
+        if words[0] == "score":
+            shutil.copy(next(Path("pictures").glob("*.png")), "picture.png")
+        try:
+            cli.main(words)
+        except SystemExit as stop:
+            assert stop.code == 0, (line, capsys.readouterr().err)
+    assert (tmp_path / "runs/NAME/report.html").is_file()
+    assert (tmp_path / "runs/NAME/checkpoints/step-2").is_dir()
+
+
+def test_python_blocks_of_the_readme_run():
+    found = blocks("README.md", "python")
+    assert len(found) == 2
+    for block in found:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "trainers/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_resolve_to_a_configuration(recipe):
+    from visalign.trainers.flow_grpo import Config
+    from visalign.training.config import parse_config
+
+    cfg = parse_config(Config, ["--config", str(recipe)], prog="flow_grpo", description="")
+    assert cfg.model.count("/") == 1
+    assert cfg.make_window()(0)

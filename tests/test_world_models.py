@@ -1,0 +1,73 @@
+"""The shipped models are what their card says, and load as anyone's would."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from visalign.generator import Generator
+from visalign.rewards import make_reward, score
+from visalign.rollout import rollout
+from visalign.transitions import FlowODE
+from visalign.worlds import resolve_model
+from visalign.worlds.shapes import WEIGHTS, world_prompts
+from visalign.worlds.shapes.captions import caption
+from visalign.worlds.shapes.drawing import draw
+from visalign.worlds.shapes.scenes import place, sample_spec
+
+
+def test_all_weights_together_are_small():
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= 30e6
+    assert (WEIGHTS / "CARD.md").is_file()
+
+
+def test_flow_model_draws_between_35_and_70_percent_of_held_out_captions_right():
+    generator = Generator.from_pretrained(resolve_model("shapes-flow"), dtype=torch.float32)
+    prompts, gold = world_prompts("test", 96), make_reward("gold", strict=True)
+    with torch.no_grad():
+        images = rollout(generator, prompts, list(range(96)), FlowODE(), sde_steps=[]).images
+    assert 0.30 <= float(score(gold, images, prompts).total.mean()) <= 0.75  # 96 prompts: five points of slack
+
+
+def test_flow_folder_loads_as_a_stock_pipeline_and_draws_what_the_generator_draws():
+    folder = resolve_model("shapes-flow")
+    stock = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    stock.set_progress_bar_config(disable=True)
+    prompt = ["a red circle above a blue square"]
+    wanted = stock(
+        prompt,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        max_sequence_length=1,
+        generator=[torch.Generator().manual_seed(5)],
+        output_type="pt",
+    ).images
+    with torch.no_grad():
+        ours = rollout(Generator.from_pretrained(folder), prompt, [5], FlowODE(), sde_steps=[]).images
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+def test_clip_finds_the_caption_of_a_picture_among_100():
+    rng = np.random.default_rng(11)
+    specs = {s.key(): s for s in (sample_spec(rng, "test") for _ in range(400))}
+    specs = list(specs.values())[:100]
+    images, captions = draw([place(s, rng) for s in specs]), [caption(s, rng) for s in specs]
+    reward = make_reward("clip")
+    with torch.no_grad():
+        table = torch.stack([score(reward, images, [text] * len(images)).total for text in captions])  # (text, image)
+    assert float((table.argmax(0) == torch.arange(100)).float().mean()) >= 0.9
+
+
+@pytest.mark.parametrize("split", ["test", "compositional"])
+def test_clip_prefers_the_true_caption_to_a_swapped_one(split):
+    rng = np.random.default_rng(12)
+    pairs = [sample_spec(rng, split, "pair") for _ in range(60)]
+    images = draw([place(s, rng) for s in pairs])
+    swapped = [type(s)(((s.groups[1][0], *s.groups[0][1:]), (s.groups[0][0], *s.groups[1][1:]))) for s in pairs]
+    keep = [i for i, (a, b) in enumerate(zip(pairs, swapped)) if a.key() != b.key()]
+    reward = make_reward("clip")
+    with torch.no_grad():
+        true, false = (
+            score(reward, images[keep], [caption(group[i]) for i in keep]).total for group in (pairs, swapped)
+        )
+    assert float((true > false).float().mean()) >= 0.8
