@@ -9,6 +9,7 @@ rather than std + 1e-4; the KL is the true one unless `--kl_type flow_grpo`; the
 and step alone, so results do not depend on the number of processes.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -272,7 +273,8 @@ class FlowGRPO:
         values = torch.stack([sums.get(n, zero).to(zero.device).float() for n in (*names, "count")])
         values = self.accelerator.reduce(values, "sum")
         means = (values[:-1] / values[-1].clamp(min=1)).tolist()
-        return {**dict(zip(names, means)), "grad_norm": max(norms), "skipped_updates": self.parts.skipped}
+        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
+        return {**dict(zip(names, means)), "grad_norm": norm, "skipped_updates": self.parts.skipped}
 
     def evaluate(self, prompts: list[str]) -> Evaluation:
         """The averaged weights on held-out prompts, without noise in the steps."""

@@ -1,0 +1,399 @@
+"""The Flow-GRPO trainer: its loss on the shipped model, what each option changes, and two processes as one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from visalign.trainers import flow_grpo
+from visalign.trainers.flow_grpo import Config, FlowGRPO, main
+from visalign.training import setup
+from visalign.training.checkpoint import load_checkpoint
+from visalign.training.data import iteration_groups
+from visalign.training.run import Run, read_metrics
+
+
+class Bench:
+    """One built model, and trainers with different options over it."""
+
+    def __init__(self, options, folder):
+        self.cfg = Config(**options)
+        self.accelerator = Accelerator()
+        self.plan = setup.preflight(self.cfg)
+        self.parts = setup.build(self.cfg, self.plan, self.accelerator)
+        self.run = Run(folder, main=True, total=2)
+        self.fresh = {k: v.clone() for k, v in self.parts.policy.tensors().items()}
+
+    def trainer(self, **changes) -> FlowGRPO:
+        return FlowGRPO(replace(self.cfg, **changes), self.accelerator, self.run, self.parts)
+
+    def sampled(self, trainer, step=0):
+        cfg = trainer.cfg
+        groups = iteration_groups(
+            self.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
+        )
+        with torch.no_grad():
+            batches = list(trainer.sample(step, groups))
+        return batches, trainer.assign_advantages(batches)
+
+    def move(self, size=0.02, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parts.policy.trained.values():
+            p.data += size * torch.randn(p.shape, generator=generator)
+
+    def reset(self):
+        self.parts.policy.load(self.fresh)
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        self.parts.optimizer.state.clear()
+
+    def gradient(self, trainer, batches, step=0):
+        """The flat gradient of one pass over the batches, and the sums to log."""
+        sums = {}
+        for batch in batches:
+            for name, value in trainer.backward(
+                batch, trainer.steps_to_train(step, batch.trajectory.steps), 1.0
+            ).items():
+                sums[name] = sums.get(name, 0) + value
+        parameters = self.parts.policy.trained.values()
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        return flat, sums
+
+
+@pytest.fixture(scope="module")
+def bench(options, tmp_path_factory):
+    bench = Bench({**options, "group_size": 3, "timestep_fraction": 1.0}, tmp_path_factory.mktemp("bench"))
+    yield bench
+    bench.run.close()
+
+
+@pytest.fixture(autouse=True)
+def as_built(request):
+    yield
+    if "bench" in request.fixturenames:
+        request.getfixturevalue("bench").reset()
+
+
+# The loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, eta", [("flow_sde", 0.7), ("dance_sde", 0.3), ("cps", 0.8)])
+@pytest.mark.parametrize("moved", [False, True])
+def test_before_the_first_update_every_ratio_is_exactly_1_and_the_loss_is_minus_the_advantage(
+    bench, sampler, eta, moved
+):
+    if moved:
+        bench.move()
+    for ratio in ("plain", "unscaled", "guard"):
+        trainer = bench.trainer(sampler=sampler, eta=eta, ratio=ratio)
+        (batch, *_), _ = bench.sampled(trainer)
+        steps, seen = trainer.steps_to_train(0, batch.trajectory.steps), []
+        assert steps == list(range(4 if sampler != "cps" else 3))
+
+        def look(i, _latents, prediction, trainer=trainer, batch=batch, seen=seen):
+            assert prediction.requires_grad
+            loss, stats = trainer.loss(batch.trajectory, i, prediction, batch.advantages, None)
+            assert torch.equal(loss, -batch.advantages)
+            assert stats["ratio_mean"] == 1 and stats["approx_kl"] == 0 and stats["clip_fraction"] == 0
+            seen.append(i)
+
+        trainer._forward(batch.trajectory, {i: batch.trajectory.latents[i] for i in steps}, look)
+        assert seen == steps
+
+
+def test_the_update_raises_the_likelihood_of_what_was_better(bench):
+    trainer = bench.trainer(clip_range=10.0)
+    batches, values = bench.sampled(trainer)
+    assert sum(len(b.rewards) for b in batches) == 6 and values["zero_std_groups"] == 0
+    assert abs(sum(b.advantages.sum().item() for b in batches)) < 1e-4
+    trainer.update(0, [batches])
+    gain = []
+
+    def look(i, _latents, prediction, batch):
+        log_prob = flow_grpo.recompute(batch.trajectory, i, prediction, trainer.transition).log_prob(
+            batch.trajectory.next_latents[i]
+        )
+        gain.append(((log_prob - batch.trajectory.log_probs[i]) * batch.advantages).sum())
+
+    with torch.no_grad():
+        for batch in batches:
+            trainer._forward(batch.trajectory, batch.trajectory.latents, lambda *a, b=batch: look(*a, b))
+    assert sum(gain) > 0
+
+
+def test_the_kl_alone_has_a_gradient_and_is_zero_for_a_fresh_lora(bench):
+    trainer = bench.trainer(kl_weight=1.0)
+    batches, _ = bench.sampled(trainer)
+    for batch in batches:
+        batch.advantages = torch.zeros_like(batch.advantages)
+    flat, sums = bench.gradient(trainer, batches)
+    assert sums["kl"] == 0 and flat.abs().max() == 0  # a minimum
+    bench.move()
+    flat, sums = bench.gradient(trainer, batches)
+    assert sums["kl"] > 0 and flat.norm() > 0
+    none, _ = bench.gradient(bench.trainer(), batches)
+    assert none.norm() == 0
+
+
+def test_skipping_samples_without_signal_does_not_change_the_gradient(bench):
+    batches, _ = bench.sampled(bench.trainer())
+    bench.move()
+    for batch in batches:
+        batch.advantages[batch.group_ids == 0] = 0.0
+    batches[0].advantages[-1] = 0.0
+    forwards = []
+    hook = bench.parts.policy.module.register_forward_pre_hook(
+        lambda _m, args, kwargs: forwards.append(1), with_kwargs=True
+    )
+    whole, sums = bench.gradient(bench.trainer(skip_zero_advantages=False), batches)
+    all_forwards = len(forwards)
+    skipped, fewer = bench.gradient(bench.trainer(skip_zero_advantages=True), batches)
+    hook.remove()
+    assert whole.norm() > 0
+    torch.testing.assert_close(skipped, whole, rtol=0, atol=1e-6 * float(whole.abs().max()) + 1e-9)
+    assert len(forwards) - all_forwards < all_forwards and fewer["count"] < sums["count"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ratio="unscaled"),
+        dict(ratio="guard"),
+        dict(step_weight="tempflow"),
+        dict(step_weight="inverse_dt"),
+        dict(clip_range=1e-9),
+        dict(kl_weight=0.5),
+        dict(timestep_fraction=0.5),
+        dict(timestep_fraction=0.5, timestep_choice="random", seed=2),
+    ],
+    ids=str,
+)
+def test_each_option_of_the_objective_changes_the_gradient(bench, changes):
+    batches, _ = bench.sampled(bench.trainer(ratio="guard"))  # with the means on record
+    bench.move()
+    base, _ = bench.gradient(bench.trainer(clip_range=1.0), batches)
+    other, _ = bench.gradient(bench.trainer(**{"clip_range": 1.0, **changes}), batches)
+    assert other.isfinite().all() and (other - base).norm() > 1e-3 * base.norm()
+
+
+def test_the_kinds_of_kl_differ(bench):
+    batches, _ = bench.sampled(bench.trainer())
+    bench.move()
+    gradients = {}
+    for kind in ("gaussian", "flow_grpo", "x", "v"):
+        for batch in batches:
+            batch.advantages = torch.zeros_like(batch.advantages)
+        gradients[kind], sums = bench.gradient(bench.trainer(kl_weight=1.0, kl_type=kind), batches)
+        assert sums["kl"] > 0 and gradients[kind].norm() > 0
+    names = list(gradients)
+    for a, b in zip(names, names[1:] + names[:1]):
+        assert (gradients[a] - gradients[b]).norm() > 0.1 * min(gradients[a].norm(), gradients[b].norm())
+
+
+def test_random_choice_of_trained_steps_changes_from_step_to_step_and_repeats(bench):
+    trainer = bench.trainer(timestep_fraction=0.5, timestep_choice="random")
+    chosen = [trainer.steps_to_train(k, [0, 1, 2, 3]) for k in range(12)]
+    assert chosen == [trainer.steps_to_train(k, [0, 1, 2, 3]) for k in range(12)]
+    assert all(len(c) == 2 and c == sorted(c) for c in chosen) and len({tuple(c) for c in chosen}) > 1
+    assert bench.trainer(timestep_fraction=0.5).steps_to_train(5, [0, 1, 2, 3]) == [0, 1]
+
+
+def test_advantages_by_the_group_or_over_all(bench):
+    batches, _ = bench.sampled(bench.trainer())
+    for batch in batches:
+        batch.rewards = batch.rewards * torch.where(batch.group_ids == 0, 100.0, 1.0)
+    results = {}
+    for std, clip in (("global", 5.0), ("group", 5.0), ("group", 0.5)):
+        bench.trainer(advantage_std=std, max_advantage=clip).assign_advantages(batches)
+        results[std, clip] = torch.cat([b.advantages for b in batches])
+    assert (results["global", 5.0] - results["group", 5.0]).abs().max() > 0.1
+    assert results["group", 0.5].abs().max() == 0.5 < results["group", 5.0].abs().max()
+
+
+# Sampling --------------------------------------------------------------------------------------------------------
+
+
+def final(bench, **changes):
+    batches, _ = bench.sampled(bench.trainer(**changes))
+    return torch.cat([b.trajectory.final for b in batches]), batches[0].trajectory
+
+
+@pytest.mark.parametrize(
+    "changes, steps",
+    [
+        (dict(eta=0.3), [0, 1, 2, 3]),
+        (dict(sampler="dance_sde"), [0, 1, 2, 3]),
+        (dict(sampler="cps"), [0, 1, 2]),
+        (dict(window="random", window_size=2, window_span=(0, 2)), [0, 1]),
+        (dict(window="mix_random", window_size=1), None),
+        (dict(window="progressive", window_size=1, window_iterations=2), [0]),
+        (dict(window="decay", window_size=1), [0]),
+        (dict(window="exp_decay", window_size=1), [0]),
+        (dict(seed=1), [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_each_option_of_sampling_changes_the_samples(bench, changes, steps):
+    base, _ = final(bench)
+    other, trajectory = final(bench, **changes)
+    assert (other - base).abs().max() > 1e-2
+    assert steps is None or trajectory.steps == steps
+    assert set(trajectory.log_probs) == set(trajectory.steps)
+
+
+def test_what_follows_the_window_can_be_solved_otherwise(bench):
+    window = dict(window="progressive", window_size=1, window_iterations=1)
+    base, _ = final(bench, **window)
+    for changes in (dict(solver="dpm2m"), dict(post_ratio=0.5), dict(solver="dpm2m", post_ratio=0.5)):
+        other, trajectory = final(bench, **window, **changes)
+        assert (other - base).abs().max() > 1e-4 and trajectory.steps == [0]
+    batches, _ = bench.sampled(bench.trainer(**window), step=1)
+    assert batches[0].trajectory.steps == [1]
+
+
+def test_a_group_can_share_its_first_noise(bench):
+    _, apart = final(bench)
+    _, shared = final(bench, same_latents=True)
+    assert not torch.equal(apart.latents[0][0], apart.latents[0][1])
+    assert torch.equal(shared.latents[0][0], shared.latents[0][1])
+    assert not torch.equal(shared.next_latents[0][0], shared.next_latents[0][1])
+
+
+def test_samples_do_not_depend_on_the_size_of_batches(bench):
+    one, _ = final(bench, batch_size=6)
+    for size in (1, 4):
+        torch.testing.assert_close(final(bench, batch_size=size)[0], one, rtol=0, atol=1e-5)
+
+
+# Updates ---------------------------------------------------------------------------------------------------------
+
+
+def test_inner_epochs_and_updates_per_step_make_that_many_updates(bench):
+    for changes, count in ((dict(), 1), (dict(updates_per_step=2), 2), (dict(inner_epochs=2, updates_per_step=2), 4)):
+        trainer = bench.trainer(**changes)
+        bench.reset()
+        batches, _ = bench.sampled(bench.trainer(batch_size=3, **changes))
+        shares = [[b] for b in batches] if count > 1 else [batches]
+        before, bench.parts.average.updates = bench.parts.average.updates, 0
+        values = trainer.update(0, shares)
+        assert bench.parts.average.updates == count
+        assert (values["ratio_mean"] == 1) == (count == 1)
+        bench.parts.average.updates = before
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bench):
+    parts = bench.parts
+    trainer = bench.trainer()
+    batches, _ = bench.sampled(trainer)
+    averages = {k: v.clone() for k, v in parts.average.values.items()}
+    skipped, updates = parts.skipped, parts.average.updates
+    batches[0].advantages[0] = float("nan")
+    values = trainer.update(0, [batches])
+    assert values["skipped_updates"] == skipped + 1 and parts.average.updates == updates
+    assert all(torch.equal(v, bench.fresh[k]) for k, v in parts.policy.tensors().items())
+    assert all(torch.equal(v, averages[k]) for k, v in parts.average.values.items())
+    assert not parts.optimizer.state and all(p.grad is None for p in parts.policy.trained.values())
+    bench.run.log(1, values)
+    line = (bench.run.folder / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))["grad_norm"] is None
+    batches[0].advantages[0] = 1.0
+    assert trainer.update(0, [batches])["skipped_updates"] == skipped + 1
+    assert any(not torch.equal(v, bench.fresh[k]) for k, v in parts.policy.tensors().items())
+
+
+def test_the_gradient_norm_is_clipped(bench):
+    trainer = bench.trainer()
+    batches, _ = bench.sampled(trainer)
+    norms = {}
+    for limit in (0.0, 1e-6):
+        bench.reset()
+        bench.parts.max_grad_norm = limit
+        norms[limit] = trainer.update(0, [batches])["grad_norm"]
+        state = next(iter(bench.parts.optimizer.state.values()))
+        total = sum(float(s["exp_avg"].norm()) ** 2 for s in bench.parts.optimizer.state.values()) ** 0.5 / 0.1
+        assert state["step"] == 1 and total == pytest.approx(min(norms[limit], limit or 1e9), rel=1e-3)
+    bench.parts.max_grad_norm = 1.0
+    assert norms[0.0] == pytest.approx(norms[1e-6]) > 1e-6, "reported before clipping"
+
+
+# Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_all_weights_can_be_trained_resumed_and_loaded_elsewhere(options, tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    full = {**options, "lora_rank": 0, "kl_weight": 0.1, "run_dir": str(tmp_path / "run")}
+    folder = main(Config(**full, gradient_checkpointing=True))
+    whole = load_checkpoint(folder / "checkpoints" / "step-2")[0]
+    model = SD3Transformer2DModel.from_pretrained(folder / "weights")
+    stock = SD3Transformer2DModel.from_pretrained(Path(setup.resolve_model("shapes-flow")) / "transformer")
+    loaded = dict(model.named_parameters())
+    assert all(torch.equal(loaded[k], v) for k, v in whole["ema"].items())
+    assert any(not torch.equal(loaded[k], p.float()) for k, p in stock.named_parameters())
+    checkpoints = folder / "checkpoints"
+    main(Config(**full, resume=str(checkpoints / "step-1")))
+    again = load_checkpoint(checkpoints / "step-2")[0]
+    torch.testing.assert_close(again["trained"], whole["trained"], rtol=0, atol=1e-6)  # one recomputes, one does not
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert metrics[1]["kl"] == 0 < metrics[2]["kl"]
+
+
+def test_encoders_can_be_released_and_blocks_compiled(options, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        "diffusers.ModelMixin.compile_repeated_blocks", lambda self, **kwargs: compiled.append(type(self).__name__)
+    )
+    cfg = Config(**options)
+    with torch.no_grad():
+        plain = setup.build(cfg, setup.preflight(cfg), Accelerator())
+        other = replace(cfg, release_text_encoders=True, compile=True, attention="sdpa")
+        parts = setup.build(other, setup.preflight(other), Accelerator())
+        assert compiled == ["SD3Transformer2DModel"] and parts.attention == "sdpa"
+        assert parts.generator.pipeline.text_encoder is None
+        prompts = ["a red circle", "a blue star"]  # one of each set
+        latents = plain.generator.noise(prompts, [1, 2])
+        assert torch.equal(plain.generator.predict(latents, 1, prompts), parts.generator.predict(latents, 1, prompts))
+    with pytest.raises(ValueError, match="attention: got 'flash', which needs a GPU"):
+        setup.build(replace(cfg, attention="flash"), setup.preflight(cfg), Accelerator())
+
+
+@pytest.mark.slow
+def test_two_processes_sample_the_same_and_make_the_same_first_update_as_one(options, tmp_path):
+    """4 groups over 2 processes; 3 evaluation prompts, which they cannot share evenly."""
+    changes = dict(steps=1, prompts_per_step=4, eval_count=3, batch_size=4)
+    argv = [f"--{k}={v}" for k, v in {**options, **changes}.items()]
+    script = Path(flow_grpo.__file__)
+    launch = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    one = [sys.executable, str(script)]
+    two = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(script)]
+    values, logged, metrics = [], [], []
+    for name, command in (("one", one), ("two", two)):
+        environment = {**os.environ, "TEST_SCORES": str(tmp_path / name), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [*command, *argv, f"--run_dir={tmp_path / name}-run"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        values.append(load_checkpoint(tmp_path / f"{name}-run" / "checkpoints" / "step-1")[0])
+        scored = [line.split(" ", 1) for line in (tmp_path / name).read_text().splitlines()]
+        logged.append(sorted((prompt, float(score)) for score, prompt in scored))
+        metrics.append(read_metrics(tmp_path / f"{name}-run" / "metrics.jsonl"))
+    single, both = logged
+    assert len(single) == 3 + 4 * 2 + 3 and [p for p, _ in single] == [p for p, _ in both]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(single, both)) < 1e-5
+    for name in ("trained", "ema", "before"):
+        for key, value in values[0][name].items():
+            torch.testing.assert_close(values[1][name][key], value, rtol=0, atol=1e-5)
+    assert len(values[1]["before"]["reward"]) == 3
+    for key in ("reward_mean", "eval_reward", "grad_norm", "ratio_mean", "advantage_abs_mean", "eval_gold_strict"):
+        for line, other in zip(*metrics):
+            assert line.get(key) == pytest.approx(other.get(key), abs=1e-5), key
