@@ -150,9 +150,10 @@ def test_an_exported_lora_loads_in_plain_diffusers_and_predicts_the_same(tmp_pat
     with torch.no_grad():
         got = other.predict(other.noise(PROMPTS, SEEDS), 1, PROMPTS, SEEDS)
         base = predict(make_policy(dtype=dtype))
-    tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
-    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
-    assert (wanted - base).abs().max() > 10 * tolerance
+    difference, size = (got - wanted).abs(), float(wanted.abs().max())
+    assert difference.max() <= (1e-5 if dtype == torch.float32 else 0.05) * size
+    assert difference.mean() <= (1e-6 if dtype == torch.float32 else 3e-3) * size
+    assert (wanted - base).abs().mean() > 0.03 * size
 
 
 def test_other_values_can_be_exported_and_a_lora_continues_where_it_was(tmp_path):

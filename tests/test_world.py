@@ -80,7 +80,7 @@ def test_the_key_is_the_same_for_the_same_meaning_only():
 
 
 def test_splits_share_no_meaning_and_held_out_pairs_are_never_trained_on():
-    keys = {split: {parse(p).key() for p in world_prompts(split, 600)} for split in SPLITS}
+    keys = {split: {parse(p).key() for p in world_prompts(split, 300)} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
         assert not keys[one] & keys[other]
     for split in SPLITS:
@@ -96,6 +96,7 @@ def test_prompts_of_the_world_are_repeatable_distinct_and_of_all_kinds():
     assert prompts == world_prompts("test", 200) == world_prompts("test", 300)[:200]
     assert prompts != world_prompts("test", 200, seed=1) and len(world_prompts("train", 2000)) == 2000
     assert len({parse(p).key() for p in prompts}) == 200
+    assert 400 < len({parse(p).key() for p in world_prompts("test", 500)}) < 500, "few are left: some repeat"
     assert {parse(p).kind for p in prompts} == set(KINDS)
     with pytest.raises(ValueError, match="split: got 'tests', expected one of"):
         world_prompts("tests", 3)
@@ -129,9 +130,10 @@ def test_shapes_are_drawn_in_their_colour_where_they_are_placed_with_soft_edges(
     torch.testing.assert_close(image[:, 5, 60], background)
     coverage = ((image - background[:, None, None]) / (blue - background)[:, None, None]).mean(0)
     soft = (coverage > 0.02) & (coverage < 0.98)
-    assert 8 < soft.sum() < 100, "antialiased"
+    assert 8 < soft.sum() < 200, "antialiased, over one pixel"
     rows, columns = (coverage > 0.5).nonzero().T
-    assert abs(columns.float().mean() + 0.5 - 20) < 0.5 and abs(rows.float().mean() + 0.5 - 40) < 1.5
+    middle = [(float(x.min()) + float(x.max()) + 1) / 2 for x in (columns, rows)]
+    assert middle == pytest.approx([20, 40], abs=1), "the bounding box lies around the place"
     assert coverage.sum() / (math.pi * 12**2) == pytest.approx(0.68, abs=0.25)
 
 
@@ -153,7 +155,7 @@ def test_a_scene_is_the_same_alone_and_in_any_batch_and_at_twice_the_size():
 
 @pytest.fixture(scope="module")
 def renders():
-    drawn, rng = specs(600, seed=7)
+    drawn, rng = specs(420, seed=7)
     return drawn, draw([place(s, rng) for s in drawn])
 
 
@@ -196,7 +198,7 @@ def altered(spec, what):
 
 @pytest.mark.parametrize("what", ["colour", "shape", "count", "relation", "left out"])
 def test_the_judge_tells_a_wrong_caption(renders, what):
-    pairs = [(s, x) for s, x in zip(*renders)][:240]
+    pairs = [(s, x) for s, x in zip(*renders)][:150]
     pairs = [(s, x) for s, x in pairs if (s.relation if what == "relation" else True)]
     pairs = [(s, x) for s, x in pairs if len(s.groups) > 1 or what != "left out"]
     verdicts = [judge(image, altered(spec, what)) for spec, image in pairs]
@@ -235,7 +237,7 @@ def useless_pictures():
 @pytest.mark.parametrize("name", useless_pictures())
 def test_blank_grid_and_noise_pictures_score_low(name):
     image = useless_pictures()[name]
-    verdicts = [judge(image, p) for p in world_prompts("test", 40)]
+    verdicts = [judge(image, p) for p in world_prompts("test", 12)]
     assert not any(v.strict for v in verdicts)
     assert sum(v.score for v in verdicts) / len(verdicts) <= 0.1
 

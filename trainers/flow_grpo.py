@@ -80,7 +80,8 @@ class Config(setup.CommonConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight: got {self.kl_weight}, expected >= 0")
-        make_transition(self.sampler, eta=self.eta)
+        if self.sampler == "cps" and self.eta > 1:
+            raise ValueError(f"eta: got {self.eta}, expected within (0, 1] for cps, a share of the noise")
         self._check_window()
 
     def _check_window(self) -> None:
