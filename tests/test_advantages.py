@@ -133,3 +133,11 @@ def test_clip_advantages_clamps_both_sides():
 def test_bad_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(**{"rewards": REWARDS, "group_ids": GROUPS} | arguments)
+
+
+def test_equal_rewards_give_exactly_zero_whatever_their_value():
+    for value in torch.linspace(0.01, 0.99, 50, dtype=torch.float64).tolist():
+        rewards = torch.tensor([value] * 3 + [0.0, 1.0, 0.5], dtype=torch.float64)
+        for std in ("group", "global"):
+            advantages = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]), std=std)
+            assert advantages[:3].tolist() == [0.0, 0.0, 0.0]  # a rounded mean would leave 1e-13 after the floor

@@ -262,3 +262,12 @@ def test_tempflow_weights_have_mean_one_and_follow_the_std():
     assert tempflow_weights([cps_std(*pair) for pair in zip(sigmas, sigmas[1:])])[-1] == 0
     with pytest.raises(ValueError, match="stds: got"):
         tempflow_weights([0.0, 0.0])
+
+
+def test_clip_fraction_counts_each_side_where_its_gradient_is_cut():
+    log_ratio = torch.tensor([0.3, 0.3, -0.3, -0.3, 0.0])
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    stats = ppo_stats(log_ratio, advantages, 0.1)
+    assert stats["clip_fraction_positive"].item() == pytest.approx(0.2)  # A > 0, ratio above: the first
+    assert stats["clip_fraction_negative"].item() == pytest.approx(0.2)  # A < 0, ratio below: the third
+    assert ppo_stats(log_ratio[3:4], advantages[3:4], 0.1)["clip_fraction"].item() == 0  # A > 0, ratio below

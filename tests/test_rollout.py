@@ -285,3 +285,9 @@ def test_inputs_reach_the_pipeline_call():
 def test_bad_arguments_are_rejected(transition, options, message):
     with pytest.raises(ValueError, match=message):
         rollout(ToyGenerator(), PROMPTS, SEEDS, transition, **options)
+
+
+def test_a_row_of_step_noise_belongs_to_its_own_seed():
+    together = step_noise([1, 2, 3], 4, torch.zeros(3, 5))
+    for row, seed in enumerate([1, 2, 3]):
+        torch.testing.assert_close(together[row : row + 1], step_noise([seed], 4, torch.zeros(1, 5)), rtol=0, atol=0)
