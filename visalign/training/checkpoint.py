@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STATE = {
+STATE: dict[str, Any] = {
     "step": int,
     "config": dict,
     "skipped": int,
