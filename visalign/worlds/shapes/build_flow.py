@@ -33,7 +33,7 @@ from .scenes import COLOURS, SHAPES, place, sample_spec
 from .text import MAX_TOKENS, make_tokenizer
 
 log = logging.getLogger(__name__)
-DEFAULTS = {"num_steps": 10, "guidance_scale": 1.0, "call_kwargs": {"max_sequence_length": 1}}
+DEFAULTS = {"num_steps": 10, "guidance_scale": 3.0, "call_kwargs": {"max_sequence_length": 1}}
 
 
 def _text_encoder(width: int, layers: int, tokenizer) -> CLIPTextModelWithProjection:
