@@ -1,7 +1,6 @@
 """The shipped models are what their card says, and load as anyone's would."""
 
 import numpy as np
-import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -58,10 +57,9 @@ def test_clip_finds_the_caption_of_a_picture_among_100():
     assert float((table.argmax(0) == torch.arange(100)).float().mean()) >= 0.75
 
 
-@pytest.mark.parametrize("split", ["test", "compositional"])
-def test_clip_prefers_the_true_caption_to_a_swapped_one(split):
+def test_clip_prefers_the_true_caption_to_one_with_the_colours_swapped():
     rng = np.random.default_rng(12)
-    pairs = [sample_spec(rng, split, "pair") for _ in range(60)]
+    pairs = [sample_spec(rng, "test", "pair") for _ in range(60)]
     images = draw([place(s, rng) for s in pairs])
     swapped = [type(s)(((s.groups[1][0], *s.groups[0][1:]), (s.groups[0][0], *s.groups[1][1:]))) for s in pairs]
     keep = [i for i, (a, b) in enumerate(zip(pairs, swapped)) if a.key() != b.key()]

@@ -91,7 +91,7 @@ class Generator:
         guidance_scale: float | None = None,
         **call_kwargs: Any,
     ) -> "Generator":
-        """A Generator over a model folder or hub id, from safetensors files only.
+        """A Generator over a model folder or hub id, from safetensors files only; `dtype` None means float32.
 
         The folder may hold `visalign.json`, with defaults: {"num_steps": 10, "guidance_scale": 1.0,
         "call_kwargs": {"height": 64}}. Arguments given here win.
@@ -103,7 +103,10 @@ class Generator:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)  # the name that 0.38 knows, too
             pipeline = DiffusionPipeline.from_pretrained(
-                str(id_or_folder), torch_dtype=dtype, use_safetensors=True, **absent_components(id_or_folder)
+                str(id_or_folder),
+                torch_dtype=dtype or torch.float32,
+                use_safetensors=True,
+                **absent_components(id_or_folder),
             )
         return cls(
             pipeline.to(device),

@@ -204,5 +204,8 @@ def save_flow(pipe: StableDiffusion3Pipeline, averaged: nn.ModuleList, folder: P
         tokenizer_3=None,
     )
     shipped.save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in fp32 as the rest is by default
+        file = Path(folder, name, "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     Path(folder, "visalign.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     return shipped
