@@ -65,9 +65,9 @@ class CommonConfig:
     eval_every: int = 0  # steps between evaluations under way; 0: only before and after
     eval_seed: int = 1234
     # Optimisation
-    steps: int = 40  # iterations of sample, score, learn
+    steps: int = 20  # iterations of sample, score, learn
     batch_size: int = 32  # images in one forward
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     weight_decay: float = 1e-4

@@ -16,7 +16,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .captions import caption
@@ -49,25 +49,31 @@ PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": 
 
 
 def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A meaning that differs from `spec` in one respect."""
+    """A meaning that differs from `spec` in one respect; most often in how many objects there are.
+
+    (A model that minds a missing object more than one too many rewards crowded pictures.)
+    """
     groups: list[list] = [list(g) for g in spec.groups]
-    kind = rng.integers(4 if len(groups) == 1 else 6)
-    k = rng.integers(len(groups))
-    if kind == 5 and spec.relation:
-        return Spec(
-            spec.groups,
-            {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[spec.relation],
-        )
-    if kind >= 4:
-        part = 0 if groups[0][0] != groups[1][0] else 1  # swap colours, or shapes where the colours are equal
+    k, draw_colour, draw_shape = rng.integers(len(groups)), list(COLOURS)[rng.integers(6)], SHAPES[rng.integers(4)]
+    relation = spec.relation
+    kinds = (
+        ["count", "extra", "colour", "shape"] + ["fewer", "swap"] * (len(groups) > 1) + ["relation"] * bool(relation)
+    )
+    kind = kinds[rng.integers(len(kinds))]
+    if kind == "count":
+        groups[k][2] = int(rng.choice([n for n in (1, 2, 3, 4) if n != groups[k][2]]))
+        relation = None if rng.random() < 0.5 else relation
+    elif kind == "extra" and len(groups) < 3:
+        groups, relation = [*groups, [draw_colour, draw_shape, 1]], None
+    elif kind == "fewer":
+        groups, relation = [g for i, g in enumerate(groups) if i != k], None
+    elif kind == "swap":
+        part = 0 if groups[0][0] != groups[1][0] else 1  # colours, or shapes where the colours are equal
         groups[0][part], groups[1][part] = groups[1][part], groups[0][part]
-    elif kind == 3 or (kind == 2 and spec.relation):
-        groups[k][1] = SHAPES[rng.integers(len(SHAPES))]
-    elif kind == 2:
-        groups[k][2] = int(rng.integers(1, 5))
+    elif kind == "relation":
+        relation = RELATIONS[rng.integers(4)]
     else:
-        groups[k][0] = list(COLOURS)[rng.integers(len(COLOURS))]
-    relation = RELATIONS[rng.integers(4)] if spec.relation and rng.random() < 0.3 else spec.relation
+        groups[k][kind == "shape"] = draw_shape if kind == "shape" else draw_colour
     return Spec(tuple((c, s, n) for c, s, n in groups), relation)
 
 
@@ -98,6 +104,7 @@ def train_clip(
     folder: Path | str,
     *,
     text_encoder: nn.Module | None = None,
+    start: Path | str | None = None,
     steps: int = 3000,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
@@ -106,7 +113,10 @@ def train_clip(
     device: str = "cpu",
     seconds: float = math.inf,
 ) -> nn.Module:
-    """Train on drawn scenes of training captions; stops early after `seconds`; writes an open_clip folder."""
+    """Train on drawn scenes of training captions, from the folder `start` or from nothing; writes an open_clip folder.
+
+    Stops early after `seconds`.
+    """
     torch.manual_seed(seed)
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = open_clip.model.CLIP(**CONFIG).to(device)
@@ -119,6 +129,8 @@ def train_clip(
     placed = [place(s, rng) for s in specs]
     pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, scenes, 256)])
     labels = patch_labels(placed)
+    if start is not None:
+        model.load_state_dict({k: v.float() for k, v in load_file(Path(start) / "open_clip_model.safetensors").items()})
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=0.02, fused=True
     )
