@@ -1,7 +1,7 @@
 """GRPO for flow-matching models: Flow-GRPO and its relatives, as flags of one loop.
 
     accelerate launch trainers/flow_grpo.py                                       # the shipped shapes world
-    accelerate launch trainers/flow_grpo.py --config trainers/recipes/sd35_medium.yaml --reward pickscore.py:score
+    accelerate launch trainers/flow_grpo.py --config trainers/recipes/flow_grpo.yaml --reward my_reward.py:score
 
 Flow-GRPO (arXiv:2505.05470), Flow-GRPO-Fast and MixGRPO windows (2507.21802), DanceGRPO (2505.07818), CPS (2509.05952),
 GRPO-Guard (2510.22319), TempFlow's step weights (2508.04324). Departures: advantages are divided by max(std, 1e-4)
