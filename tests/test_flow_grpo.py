@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
-from visalign.training import setup
+from visalign.training import preflight, setup
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.data import iteration_groups
 from visalign.training.run import Run, read_metrics
@@ -25,7 +25,7 @@ class Bench:
     def __init__(self, options, folder):
         self.cfg = Config(**options)
         self.accelerator = Accelerator()
-        self.plan = setup.preflight(self.cfg)
+        self.plan = preflight.make_plan(self.cfg)
         self.parts = setup.build(self.cfg, self.plan, self.accelerator)
         self.run = Run(folder, main=True, total=2)
         self._recorded = []
@@ -340,7 +340,7 @@ def test_all_weights_can_be_trained_resumed_and_loaded_elsewhere(options, tmp_pa
     folder = main(Config(**full, gradient_checkpointing=True))
     whole = load_checkpoint(folder / "checkpoints" / "step-2")[0]
     model = SD3Transformer2DModel.from_pretrained(folder / "weights")
-    stock = SD3Transformer2DModel.from_pretrained(Path(setup.resolve_model("shapes-flow")) / "transformer")
+    stock = SD3Transformer2DModel.from_pretrained(Path(preflight.resolve_model("shapes-flow")) / "transformer")
     loaded = dict(model.named_parameters())
     assert all(torch.equal(loaded[k], v) for k, v in whole["ema"].items())
     assert any(not torch.equal(loaded[k], p.float()) for k, p in stock.named_parameters())
@@ -359,16 +359,16 @@ def test_encoders_can_be_released_and_blocks_compiled(options, tmp_path, monkeyp
     )
     cfg = Config(**options)
     with torch.no_grad():
-        plain = setup.build(cfg, setup.preflight(cfg), Accelerator())
+        plain = setup.build(cfg, preflight.make_plan(cfg), Accelerator())
         other = replace(cfg, release_text_encoders=True, compile=True, attention="sdpa")
-        parts = setup.build(other, setup.preflight(other), Accelerator())
+        parts = setup.build(other, preflight.make_plan(other), Accelerator())
         assert compiled == ["SD3Transformer2DModel"] and parts.attention == "sdpa"
         assert parts.generator.pipeline.text_encoder is None
         prompts = ["a red circle", "a blue star"]  # one of each set
         latents = plain.generator.noise(prompts, [1, 2])
         assert torch.equal(plain.generator.predict(latents, 1, prompts), parts.generator.predict(latents, 1, prompts))
     with pytest.raises(ValueError, match="attention: got 'flash', which needs a GPU"):
-        setup.build(replace(cfg, attention="flash"), setup.preflight(cfg), Accelerator())
+        setup.build(replace(cfg, attention="flash"), preflight.make_plan(cfg), Accelerator())
 
 
 @pytest.mark.slow

@@ -162,5 +162,5 @@ def test_a_failure_while_loading_is_one_line_too(cli, monkeypatch):
 
 def test_prompts_that_stand_in_both_sets_are_told(options, world_files):
     both = {**options, "eval_prompts": options["prompts"]}
-    plan = flow_grpo.setup.preflight(flow_grpo.Config(**both))
+    plan = flow_grpo.preflight.make_plan(flow_grpo.Config(**both))
     assert plan.warnings == ["4 of 4 evaluation prompts also stand in the training set"]

@@ -24,7 +24,7 @@ from visalign.advantages import clip_advantages, group_advantages, group_statist
 from visalign.objectives.policy_gradient import clipped_loss, kl_penalty, ratio_norm_log_ratio, tempflow_weights
 from visalign.rollout import Trajectory, recompute, rollout
 from visalign.seeds import derived_seed
-from visalign.training import setup
+from visalign.training import options, outcome, preflight, setup
 from visalign.training.config import parse_config, save_config
 from visalign.training.data import Group, iteration_groups, share_of
 from visalign.training.evaluate import Evaluation, evaluate
@@ -34,8 +34,8 @@ from visalign.windows import flash_post_steps, make_window, trained_steps
 
 
 @dataclass(frozen=True)
-class Config(setup.CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.setup.CommonConfig`."""
+class Config(options.CommonConfig):
+    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
 
     # Sampling
     num_steps: int = 10  # denoising steps of a training image
@@ -295,9 +295,9 @@ class FlowGRPO:
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    plan = setup.preflight(cfg, "flow_grpo")
+    plan = preflight.make_plan(cfg, "flow_grpo")
     accelerator = Accelerator()
-    setup.check_shares(cfg.prompts_per_step // cfg.updates_per_step, accelerator)
+    preflight.check_shares(cfg.prompts_per_step // cfg.updates_per_step, accelerator)
     plan.folder = setup.same_on_all(plan.folder)
     parts = setup.build(cfg, plan, accelerator)
     run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
@@ -309,16 +309,16 @@ def main(cfg: Config) -> Path:
     return plan.folder
 
 
-def train(cfg: Config, plan: setup.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
+def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
     """The loop, between the evaluation before and the one after."""
     trainer = FlowGRPO(cfg, accelerator, run, parts)
     if accelerator.is_main_process:
         save_config(replace(cfg, resume=None), plan.folder / "config.yaml")
-    setup.announce(run, cfg, plan, parts)
+    outcome.announce(run, cfg, plan, parts)
     if parts.before is None:
         parts.before = trainer.evaluate(plan.eval_prompts)
-        setup.say_evaluation(run, parts.before, "before")
-        run.log(0, setup.evaluation_values(parts.before))
+        outcome.say_evaluation(run, parts.before, "before")
+        run.log(0, outcome.evaluation_values(parts.before))
     share_size = cfg.prompts_per_step // cfg.updates_per_step
     with run.progress:
         for step in range(parts.step, cfg.steps):
@@ -337,7 +337,7 @@ def train(cfg: Config, plan: setup.Plan, accelerator: Accelerator, parts: setup.
             stop = setup.stopping(run, accelerator)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
                 evaluation = trainer.evaluate(plan.eval_prompts[: cfg.eval_during])
-                values |= setup.evaluation_values(evaluation)
+                values |= outcome.evaluation_values(evaluation)
                 setup.keep_best(parts, evaluation)
             run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
             if step % max(1, cfg.steps // 10) == 0:
@@ -350,12 +350,12 @@ def train(cfg: Config, plan: setup.Plan, accelerator: Accelerator, parts: setup.
                 break
         else:
             after = trainer.evaluate(plan.eval_prompts)
-            setup.finish(run, cfg, plan, parts, after)
+            outcome.finish(run, cfg, plan, parts, after)
 
 
 def cli(argv: list[str] | None = None) -> None:
     cfg = parse_config(Config, argv, prog="flow_grpo", description=(__doc__ or "").split("\n\n")[0])
-    setup.run_or_say(lambda: main(cfg), "flow_grpo")
+    outcome.run_or_say(lambda: main(cfg), "flow_grpo")
 
 
 if __name__ == "__main__":

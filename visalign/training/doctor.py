@@ -13,7 +13,7 @@ from visalign.rewards import make_reward, score
 from visalign.rollout import Trajectory, recompute, rollout
 from visalign.transitions import make_transition
 
-from . import setup
+from . import preflight, setup
 from .run import peak_memory
 
 
@@ -32,7 +32,7 @@ def examine(cfg: Any) -> Iterator[Finding]:
     Raises:
         ValueError: what `preflight` refuses.
     """
-    plan = setup.preflight(replace(cfg, run_dir=None, resume=None))
+    plan = preflight.make_plan(replace(cfg, run_dir=None, resume=None))
     yield _prompts(plan)
     parts = setup.build(cfg, plan, Accelerator())
     generator = parts.generator
@@ -57,7 +57,7 @@ def examine(cfg: Any) -> Iterator[Finding]:
     )
 
 
-def _prompts(plan: setup.Plan) -> Finding:
+def _prompts(plan: preflight.Plan) -> Finding:
     repeated = len(plan.prompts) - len(set(plan.prompts))
     said = f"{len(plan.prompts)} for training ({repeated} repeated), {len(plan.eval_prompts)} held out"
     return Finding("prompts", not plan.warnings, "; ".join([said, *plan.warnings]))

@@ -29,6 +29,7 @@ from visalign.generator import Generator
 
 from .captions import caption
 from .drawing import draw, patch_labels
+from .muon import Muon, hidden_matrices
 from .scenes import COLOURS, SHAPES, place, sample_spec
 from .text import MAX_TOKENS, make_tokenizer
 
@@ -144,9 +145,13 @@ def train_flow(
     middle: list[Tensor] = []
     pipe.transformer.transformer_blocks[2].register_forward_hook(lambda _m, _a, out: middle.append(out[1]))
     empty = make_tokenizer()("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
-    optimizer = torch.optim.AdamW(
-        [*trained.parameters(), *head.parameters()], lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    matrices = hidden_matrices(trained)
+    known = {id(p) for p in matrices}
+    others = [*(p for p in trained.parameters() if id(p) not in known), *head.parameters()]
+    optimizers = [
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        Muon(matrices, lr=learning_rate),
+    ]
     random = torch.Generator().manual_seed(seed)
     started, recent, planning = time.monotonic(), 0.0, 0.0
     for step in range(steps):
@@ -154,7 +159,7 @@ def train_flow(
         if progress >= 1:
             break
         rate = learning_rate * min((step + 1) / 500, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        for group in optimizer.param_groups:
+        for group in [g for o in optimizers for g in o.param_groups]:
             group["lr"] = rate
         rows = torch.randint(scenes, (batch_size,), generator=random)
         tokens = ids[rows, torch.randint(ids.shape[1], (batch_size,), generator=random)].clone()
@@ -172,10 +177,12 @@ def train_flow(
         ).sample
         loss = (velocity - (noise - clean)).square().mean()
         plan = F.cross_entropy(head(middle.pop()).flatten(0, 1), labels[rows].to(device).flatten())
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         (loss + 0.2 * plan).backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)

@@ -1,0 +1,54 @@
+"""The optimiser of the world's models: orthogonalised updates, of the size that AdamW's would have."""
+
+import pytest
+import torch
+from torch import nn
+
+from visalign.worlds.shapes.muon import Muon, hidden_matrices, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 64), (3, 96, 64), (1, 64, 192)])
+def test_singular_values_become_about_one_and_singular_vectors_stay(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = orthogonalise(x, iterations=8)
+    values = torch.linalg.svdvals(y)
+    assert 0.6 < values.min() and values.max() < 1.25
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ y @ vt.mT  # diagonal in the singular vectors of x
+    off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-3
+
+
+def test_matrices_of_one_shape_are_updated_as_each_alone():
+    torch.manual_seed(0)
+    values = [torch.randn(64, 80) for _ in range(3)]
+    grads = [torch.randn(64, 80) for _ in range(3)]
+
+    def after(pairs):
+        params = [nn.Parameter(v.clone()) for v, _ in pairs]
+        for p, (_, g) in zip(params, pairs):
+            p.grad = g.clone()
+        optimizer = Muon(params, lr=1e-2)
+        optimizer.step()
+        optimizer.step()
+        return [p.detach() for p in params]
+
+    together = after(list(zip(values, grads)))
+    for k in range(3):
+        assert torch.allclose(together[k], after([(values[k], grads[k])])[0], atol=1e-6)
+
+
+def test_the_first_step_has_the_root_mean_square_of_lr_times_a_fifth():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(128, 128))
+    p.grad = torch.randn(128, 128) * 7  # whatever the gradient's size
+    Muon([p], lr=1e-3).step()
+    assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.2)
+    assert (p.detach() * p.grad).sum() < 0
+
+
+def test_only_inner_matrices_are_taken():
+    module = nn.ModuleDict({
+        "table": nn.Embedding(100, 64), "inner": nn.Linear(64, 64), "narrow": nn.Linear(64, 4), "norm": nn.Linear(64, 64)
+    })  # fmt: skip
+    assert [w is module["inner"].weight for w in hidden_matrices(module)] == [True]

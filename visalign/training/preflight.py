@@ -1,0 +1,109 @@
+"""Everything that can be checked before a model loads: the model, the prompts, the rewards, the run folder."""
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from visalign.rewards import parse_spec
+from visalign.worlds import resolve_model
+from visalign.worlds.shapes import world_prompts
+from visalign.worlds.shapes.captions import parse
+
+from . import checkpoint as ckpt
+from .data import overlap, read_prompts, share_of
+from .options import FREE_ON_RESUME, CommonConfig, alpha_of
+from .policy import check_lora_fits
+from .run import check_writable
+
+
+@dataclass
+class Plan:
+    """What the checks before loading found. `digest` is of the prompts: a resumed run must have the same."""
+
+    model: str
+    folder: Path
+    prompts: list[str]
+    eval_prompts: list[str]
+    judges: dict[str, str]  # column: spec
+    resume: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+    digest: str = ""
+
+
+def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
+    """Check everything that can be checked before a model loads.
+
+    Raises:
+        ValueError: one line that names the option, what was given and what is accepted.
+    """
+    model = resolve_model(cfg.model)
+    parse_spec(cfg.reward)
+    resume = None if cfg.resume is None else ckpt.find_checkpoint(Path(cfg.resume))
+    folder = Path(
+        cfg.run_dir or (resume.parent.parent if resume else f"runs/{trainer}-{time.strftime('%Y%m%d-%H%M%S')}")
+    )
+    prompts, held_out = read_sets(cfg)
+    warnings = []
+    if shared := overlap(prompts, held_out):
+        warnings.append(f"{len(shared)} of {len(held_out)} evaluation prompts also stand in the training set")
+    digest = hashlib.blake2b("\n".join([*prompts, "", *held_out]).encode(), digest_size=8).hexdigest()
+    if cfg.lora:
+        check_lora_fits(Path(cfg.lora), Path(model), cfg.lora_rank, alpha_of(cfg))
+    judges = judge_specs(cfg, held_out)
+    if resume is not None:
+        check_same_run(cfg, digest, resume, ckpt.load_checkpoint(resume)[1])
+    check_writable(folder, resume is not None)
+    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest)
+
+
+def check_same_run(cfg: CommonConfig, digest: str, path: Path, state: dict[str, Any]) -> None:
+    """Raise ValueError for other prompts than the resumed run's, or another option that changes what it learns."""
+    for name, value in state["config"].items():
+        if name in FREE_ON_RESUME or not hasattr(cfg, name):
+            continue
+        now = getattr(cfg, name)
+        if (list(now) if isinstance(now, tuple) else now) != value:
+            raise ValueError(f"{name}: got {now!r}, expected {value!r}, as in the run that is resumed ({path})")
+    if state.get("prompts") != digest:
+        raise ValueError(f"prompts: {cfg.prompts!r} does not hold the prompts of the run that is resumed ({path})")
+
+
+def read_sets(cfg: CommonConfig) -> tuple[list[str], list[str]]:
+    """Training and held-out prompts."""
+    if cfg.prompts == "shapes":
+        prompts, held_out = world_prompts("train", 2000), world_prompts("test", cfg.eval_count)
+    else:
+        prompts = read_prompts(cfg.prompts)
+        cut = max(1, len(prompts) // 10)
+        if cfg.eval_prompts is None and len(prompts) < 2:
+            raise ValueError(f"prompts: got 1 prompt in {cfg.prompts!r}, expected more, or eval_prompts beside it")
+        prompts, held_out = (prompts, []) if cfg.eval_prompts else (prompts[:-cut], prompts[-cut:])
+    if cfg.eval_prompts is not None:
+        held_out = (
+            world_prompts("test", cfg.eval_count) if cfg.eval_prompts == "shapes" else read_prompts(cfg.eval_prompts)
+        )
+    return prompts, held_out[: cfg.eval_count]
+
+
+def judge_specs(cfg: CommonConfig, prompts: list[str]) -> dict[str, str]:
+    """Columns of the evaluation beside the reward itself."""
+    if cfg.judges != "auto":
+        names = [name.strip() for name in cfg.judges.split(",") if name.strip()]
+        for name in names:
+            parse_spec(name)
+        return {name.replace(":", "_"): name for name in names}
+    try:
+        for prompt in prompts:
+            parse(prompt)
+    except ValueError:
+        return {}
+    return {"gold_strict": "gold"}
+
+
+def check_shares(prompts: int, accelerator: Accelerator) -> None:
+    """Refuse a number of prompts per update that the processes cannot share in whole groups."""
+    share_of([None] * prompts, accelerator.process_index, accelerator.num_processes)
