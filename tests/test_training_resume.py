@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from visalign.generator import Generator
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, main
 from visalign.training.checkpoint import load_checkpoint
@@ -167,6 +168,21 @@ def test_a_change_of_what_is_learnt_is_refused_at_resume_before_loading(options,
             main(config(options, unbroken, resume=str(unbroken)))
     finally:
         train.write_text(text)
+
+
+def test_other_base_weights_under_the_same_name_are_refused_at_resume(options, unbroken, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    load = Generator.from_pretrained
+
+    def altered(*args, **kwargs):
+        generator = load(*args, **kwargs)
+        next(generator.pipeline.transformer.parameters()).data.mul_(1.01)
+        return generator
+
+    monkeypatch.setattr(Generator, "from_pretrained", altered)
+    with pytest.raises(ValueError, match="^model: its weights are not those that the resumed run was training"):
+        main(config(options, folder, resume=str(folder), steps=5))
 
 
 def test_another_run_in_the_folder_is_not_overwritten(options, unbroken):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ ALL_LINEAR = "all-linear"
 
 class Policy:
     """The trainable part of a Generator's denoiser, in float32 whatever the model's dtype.
+
+    `base_digest` names the weights it was built on.
 
     Args:
         generator: its denoiser is changed in place.
@@ -49,6 +52,7 @@ class Policy:
         for component in generator.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
+        self.base_digest = weights_digest(self.module)
         self.frozen: dict[str, Tensor] = {}
         if lora_rank:
             with torch.random.fork_rng(devices=[]):
@@ -174,6 +178,15 @@ def _compute_in(module: nn.Module, dtype: torch.dtype) -> None:
             return forward(*args, **kwargs)
 
     module.forward = autocast_forward  # type: ignore[method-assign]
+
+
+def weights_digest(module: nn.Module, each: int = 16) -> str:
+    """A short name for a module's weights: of every tensor's name, shape and first few values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:each].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_same_names(argument: str, got: dict[str, tuple[int, ...]], trained: dict[str, nn.Parameter]) -> None:

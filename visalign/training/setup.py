@@ -126,6 +126,8 @@ def _scorer(spec: str, accelerator: Accelerator, **options: Any) -> Callable[[Te
 def restore(path: Path, parts: Parts) -> None:
     """Put a checkpoint back: weights, average, optimiser, place in the run. All else follows from seed and step."""
     tensors, state = ckpt.load_checkpoint(path)
+    if state.get("base") != parts.policy.base_digest:
+        raise ValueError(f"model: its weights are not those that the resumed run was training ({path})")
     device = next(iter(parts.policy.trained.values())).device
     parts.policy.load({k: v.to(device) for k, v in tensors["trained"].items()})
     check_same_names("resume", {k: tuple(v.shape) for k, v in tensors["ema"].items()}, parts.policy.trained)
@@ -159,6 +161,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                 {
                     "config": asdict(cfg),
                     "prompts": parts.digest,
+                    "base": parts.policy.base_digest,
                     "skipped": parts.skipped,
                     "train_seconds": parts.train_seconds,
                     "images_sampled": parts.images_sampled,

@@ -1,15 +1,17 @@
 """Train the world's small CLIP (an `open_clip` model of its own config) from nothing, by contrast with near misses.
 
-The text tower starts as the flow model's text encoder where that is at hand. Every image meets its caption, the other
-captions of the batch and two near misses of its own (another colour, shape or count, swapped attributes, the opposite
-relation). An auxiliary loss asks each image patch which object covers it; it is not part of the shipped model, but
-lets so small a run learn shapes within minutes.
+The text tower starts as the flow model's text encoder where that is at hand. Scenes come in pairs whose meanings nearly
+agree (another colour, shape or count, swapped attributes, the opposite relation), so that both captions and pictures
+have hard negatives; pictures with an object cut in two are negatives for every caption. Auxiliary losses ask each image
+patch which object covers it, and both embeddings which objects they hold; their heads are not part of the shipped
+model, but let so small a run learn within minutes.
 """
 
 import json
 import logging
 import math
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .captions import caption
 from .drawing import PATCH, draw, patch_labels
-from .scenes import COLOURS, RELATIONS, SHAPES, Spec, place, sample_spec
+from .muon import Muon, hidden_matrices
+from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, Scene, Spec, place, sample_spec
 from .text import MAX_TOKENS, make_tokenizer, save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -100,20 +103,93 @@ def take_text_tower(model: nn.Module, encoder: nn.Module) -> None:
         raise ValueError(f"encoder: got weights for {unknown}, which the model lacks")
 
 
+@dataclass
+class Lesson:
+    """Training data: pictures (N, 3, 64, 64) uint8 of `specs`, their patch labels, and as many spoilt pictures.
+
+    Scene 2k + 1 shows a near miss of scene 2k's meaning; spoilt picture k shows scene k with one object cut in two.
+    """
+
+    specs: list[Spec]
+    pictures: Tensor
+    labels: Tensor
+    spoilt: Tensor
+
+
+def make_lesson(pairs: int, rng: np.random.Generator) -> Lesson:
+    """Draw `pairs` training meanings, each with a near miss, and what spoils them."""
+    specs = []
+    for _ in range(pairs):
+        specs.append(sample_spec(rng))
+        specs.append(train_miss(specs[-1], rng))
+    placed = [place(s, rng) for s in specs]
+    pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, len(placed), 256)])
+    spoilt = torch.cat([spoil(placed[i : i + 256], rng) for i in range(0, len(placed), 256)])
+    return Lesson(specs, pictures, patch_labels(placed), spoilt)
+
+
+def train_miss(spec: Spec, rng: np.random.Generator) -> Spec:
+    """A near miss that is a training meaning and can be said and drawn: at most four objects, relations between two."""
+    while True:
+        miss = near_miss(spec, rng)
+        distinct = len({group[:2] for group in miss.groups}) == len(miss.groups)
+        drawable = miss.num_objects <= 4 and (miss.relation is None or miss.num_objects == 2)
+        if distinct and drawable and miss.key() != spec.key() and miss.split() == "train":
+            return miss
+
+
+def spoil(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    """Scenes with a line through one object, beyond which there is another scene on the same ground; uint8."""
+    others = [scenes[k] for k in rng.permutation(len(scenes))]
+    beyond = [replace(o, background=s.background, gradient=s.gradient) for s, o in zip(scenes, others)]
+    cuts = [s.objects[rng.integers(len(s.objects))] for s in scenes]
+    angle = torch.from_numpy(rng.uniform(0, 2 * math.pi, len(scenes))).float()
+    x, y = (torch.tensor([getattr(c, axis) for c in cuts])[:, None, None] for axis in ("x", "y"))
+    down, right = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    side = (right - x) * angle.cos()[:, None, None] + (down - y) * angle.sin()[:, None, None]
+    share = (side / 2).sigmoid()[:, None]
+    return ((draw(scenes) * (1 - share) + draw(beyond) * share) * 255).byte()
+
+
+def content(specs: list[Spec]) -> tuple[Tensor, Tensor]:
+    """What a meaning holds: counts (N, 24) of every colour and shape, and the relation (N,) or -100 for none.
+
+    The relation is that of the two objects in a fixed order, not in the order named.
+    """
+    counts, relations = torch.zeros(len(specs), len(COLOURS) * len(SHAPES), dtype=torch.long), []
+    for n, spec in enumerate(specs):
+        cells = [list(COLOURS).index(c) * len(SHAPES) + SHAPES.index(s) for c, s, _ in spec.groups]
+        for cell, (_, _, count) in zip(cells, spec.groups):
+            counts[n, cell] = count
+        relation = -100 if spec.relation is None else RELATIONS.index(spec.relation)
+        relations.append(
+            relation ^ 1 if relation >= 0 and cells[0] > cells[-1] else relation
+        )  # left - right, up - down
+    return counts, torch.tensor(relations)
+
+
+def roughen(pictures: Tensor, random: torch.Generator) -> Tensor:
+    """uint8 pictures to [-1, 1], each a little blurred and noisy, as a generator's are."""
+    images = pictures.float() / 127.5 - 1
+    amount = torch.rand(2, len(images), 1, 1, 1, generator=random).to(images.device)
+    images = images.lerp(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), amount[0])
+    return images + 0.1 * amount[1] * torch.randn(images.shape, generator=random).to(images.device)
+
+
 def train_clip(
     folder: Path | str,
     *,
     text_encoder: nn.Module | None = None,
     start: Path | str | None = None,
     steps: int = 3000,
-    batch_size: int = 64,
+    batch_size: int = 24,
     learning_rate: float = 1.5e-3,
-    scenes: int = 30_000,
+    pairs: int = 15_000,
     seed: int = 0,
     device: str = "cpu",
     seconds: float = math.inf,
 ) -> nn.Module:
-    """Train on drawn scenes of training captions, from the folder `start` or from nothing; writes an open_clip folder.
+    """Train on `batch_size` pairs a step, from the folder `start` or from nothing; writes an open_clip folder.
 
     Stops early after `seconds`.
     """
@@ -122,52 +198,66 @@ def train_clip(
     model = open_clip.model.CLIP(**CONFIG).to(device)
     if text_encoder is not None:
         take_text_tower(model, text_encoder)
-    model.visual.output_tokens = True
-    head = nn.Linear(128, 1 + len(COLOURS) * len(SHAPES)).to(device)
-    tokenizer = make_tokenizer()
-    specs = [sample_spec(rng) for _ in range(scenes)]
-    placed = [place(s, rng) for s in specs]
-    pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, scenes, 256)])
-    labels = patch_labels(placed)
     if start is not None:
         model.load_state_dict({k: v.float() for k, v in load_file(Path(start) / "open_clip_model.safetensors").items()})
-    optimizer = torch.optim.AdamW(
-        [*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=0.02, fused=True
-    )
+    model.visual.output_tokens = True
+    cells = len(COLOURS) * len(SHAPES)
+    heads = nn.ModuleDict(
+        {"patch": nn.Linear(128, 1 + cells), "count": nn.Linear(128, 5 * cells), "relation": nn.Linear(128, 4)}
+    ).to(device)
+    tokenizer = make_tokenizer()
+    lesson = make_lesson(pairs, rng)
+    matrices = hidden_matrices(model)
+    known = {id(p) for p in matrices}
+    others = [*(p for p in model.parameters() if id(p) not in known), *heads.parameters()]
+    optimizers = [
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.02, fused=True),
+        Muon(matrices, lr=learning_rate, weight_decay=0.02),
+    ]
     started = time.monotonic()
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - started) / seconds)
         if progress >= 1:
             break
-        for group in optimizer.param_groups:
+        for group in [g for o in optimizers for g in o.param_groups]:
             group["lr"] = learning_rate * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        rows = torch.randint(scenes, (batch_size,), generator=random).tolist()
-        chosen = [specs[r] for r in rows]
-        meanings = chosen + [near_miss(s, rng) for s in chosen for _ in range(2)]
+        first = 2 * torch.randint(pairs, (batch_size,), generator=random)
+        rows = torch.stack([first, first + 1], 1).flatten().tolist()
+        shown = [lesson.specs[r] for r in rows]
+        meanings = shown + [train_miss(s, rng) for s in shown[::2]]
         texts = [caption(s, rng) for s in meanings]
         ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(device)
-        images = pictures[rows].to(device).float() / 127.5 - 1
-        images = images + 0.1 * torch.rand(batch_size, 1, 1, 1) * torch.randn(images.shape, generator=random).to(device)
-        pooled, tokens = model.visual(images)
-        similarity = F.normalize(pooled, dim=-1) @ F.normalize(model.encode_text(ids), dim=-1).T
-        logits = similarity * model.logit_scale.exp().clamp(max=100)
-        keys = [s.key() for s in meanings]
-        same = torch.tensor([[a == b for b in keys] for a in keys[:batch_size]])
-        same[:, :batch_size].fill_diagonal_(False)
+        drawn = torch.cat([lesson.pictures[rows], lesson.spoilt[rows[::3]]])
+        pooled, tokens = model.visual(roughen(drawn.to(device), random))
+        image, text = F.normalize(pooled, dim=-1), F.normalize(model.encode_text(ids), dim=-1)
+        logits = image @ text.T * model.logit_scale.exp().clamp(max=100)
+        keys, count = [s.key() for s in meanings], len(shown)
+        same = torch.zeros(logits.shape, dtype=torch.bool)
+        same[:count] = torch.tensor([[a == b for b in keys] for a in keys[:count]])
+        same[:count, :count].fill_diagonal_(False)
         logits = logits.masked_fill(same.to(device), -1e4)  # another wording of one's own meaning is no negative
-        target = torch.arange(batch_size, device=device)
-        contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)
-        patches = F.cross_entropy(head(tokens).flatten(0, 1), labels[rows].to(device).flatten())
-        loss = contrast / 2 + patches
-        optimizer.zero_grad()
+        target = torch.arange(count, device=device)
+        contrast = F.cross_entropy(logits[:count], target) + F.cross_entropy(logits[:, :count].T, target)
+        patches = F.cross_entropy(
+            heads["patch"](tokens[:count]).flatten(0, 1), lesson.labels[rows].to(device).flatten()
+        )
+        both = torch.cat([image[:count], text[:count]]) * 128**0.5  # one head for both towers: one space
+        counts, relations = (x.repeat(2, *[1] * (x.ndim - 1)).to(device) for x in content(shown))
+        held = F.cross_entropy(heads["count"](both).view(-1, 5), counts.flatten()) * 5
+        if (relations >= 0).any():
+            held = held + 0.3 * F.cross_entropy(heads["relation"](both), relations)
+        loss = contrast / 2 + patches + held
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if step % 50 == 0:
-            hit = (logits.argmax(-1) == target).float().mean().item()
+            hit = (logits[:count].argmax(-1) == target).float().mean().item()
             log.info(
-                "clip step %d contrast %.3f patches %.3f top-1 %.2f seconds %.0f",
-                *(step, contrast.item() / 2, patches.item(), hit, time.monotonic() - started),
+                "clip step %d contrast %.3f patches %.3f content %.3f top-1 %.2f seconds %.0f",
+                *(step, contrast.item() / 2, patches.item(), held.item(), hit, time.monotonic() - started),
             )
     model.visual.output_tokens = False
     save_clip(model.eval(), folder)
