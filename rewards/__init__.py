@@ -32,6 +32,7 @@ __all__ = [
 for _name, _module in {
     "aesthetic": "aesthetic",
     "clip": "clip",
+    "clip_match": "clip",
     "gold": "gold",
     "jpeg_compressibility": "jpeg",
     "jpeg_incompressibility": "jpeg",

@@ -1,6 +1,9 @@
 """CLIPScore (Hessel et al. 2021, arXiv:2104.08718): how well a picture fits its prompt, by any open_clip model."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +66,66 @@ class ClipReward:
         if self.scale in ("percent", "hessel"):
             cosine = cosine.clamp(min=0)
         return self._factor * cosine
+
+
+@register_reward("clip_match")
+class ClipMatchReward:
+    """Probability that a picture shows its prompt: sigmoid(scale (cosine - midpoint)), as a function of CLIP's cosine.
+
+    Range (0, 1); gradients reach the images. Platt's calibration (1999) on matching and near-matching pairs gives the
+    two numbers; a folder may bring them in `visalign.json` as {"match": {"scale": ..., "midpoint": ...}}, as the
+    shipped model of the shapes world does. Where the plain cosine keeps paying for pictures that are merely less wrong,
+    this pays for right ones.
+
+    Args:
+        scale, midpoint: None: those of the model's folder.
+        model, pretrained, device, dtype, download: as for `clip`.
+
+    Raises:
+        ValueError: neither the options nor the folder give a scale and a midpoint.
+    """
+
+    name = "clip_match"
+    differentiable = True
+    kind = "pointwise"
+    needs = ("prompts",)
+    range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        scale: float | None = None,
+        midpoint: float | None = None,
+        model: str = str(SHIPPED),
+        pretrained: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        download: bool = False,
+    ) -> None:
+        options = {"scale": scale, "midpoint": midpoint, "model": model, "pretrained": pretrained, "dtype": dtype}
+        self.preflight(options)
+        self.scale, self.midpoint = calibration(scale, midpoint, model)
+        self._clip = ClipReward(model, pretrained, "cosine", device, dtype, download)
+
+    @staticmethod
+    def preflight(options: Mapping[str, Any]) -> None:
+        """Raise ValueError for options that cannot work, without loading anything."""
+        ClipReward.preflight({k: v for k, v in options.items() if k not in ("scale", "midpoint")})
+        calibration(options.get("scale"), options.get("midpoint"), options.get("model", str(SHIPPED)))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
+        """images: (N, 3, H, W) in [0, 1]; prompts: N strings. Returns (N,), float32 on the model's device."""
+        return (self.scale * (self._clip(images, prompts, context) - self.midpoint)).sigmoid()
+
+
+def calibration(scale: float | None, midpoint: float | None, model: str) -> tuple[float, float]:
+    """Scale and midpoint as given, else from `visalign.json` in the model's folder."""
+    file = Path(model.removeprefix("local-dir:")).expanduser() / "visalign.json"
+    stored = json.loads(file.read_text(encoding="utf-8")).get("match", {}) if file.is_file() else {}
+    found = {"scale": stored.get("scale") if scale is None else scale}
+    found["midpoint"] = stored.get("midpoint") if midpoint is None else midpoint
+    for name, value in found.items():
+        if value is None:
+            raise ValueError(f"{name}: got None for model {model!r}, which brings none, expected a number")
+        if not math.isfinite(value) or name == "scale" and value <= 0:
+            raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' * (name == 'scale')}")
+    return float(found["scale"]), float(found["midpoint"])

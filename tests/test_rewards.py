@@ -1,5 +1,6 @@
 import io
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,12 +62,16 @@ def scenes() -> tuple[torch.Tensor, list[str]]:
     return draw([place(s, rng) for s in specs]), [caption(s, rng) for s in specs]
 
 
-@pytest.fixture(params=["gold", "gold_strict", "clip", "jpeg_compressibility", "jpeg_incompressibility", "aesthetic"])
+@pytest.fixture(
+    params=["gold", "gold_strict", "clip", "clip_match", "jpeg_compressibility", "jpeg_incompressibility", "aesthetic"]
+)
 def any_reward(request, clip_folder, head_file) -> Reward:
     if request.param == "gold_strict":
         return make_reward("gold", strict=True)
     if request.param == "clip":
         return make_reward("clip", model=str(clip_folder))
+    if request.param == "clip_match":
+        return make_reward("clip_match", model=str(clip_folder), scale=10.0, midpoint=0.0)
     if request.param == "aesthetic":
         return make_reward("aesthetic", weights=str(head_file), model=str(clip_folder), pretrained=None)
     return make_reward(request.param)
@@ -294,6 +299,21 @@ def test_clip_follows_its_images_to_the_gpu_and_back(clip_folder, scenes):
 def test_clip_options_are_checked_before_anything_loads(options, says):
     with pytest.raises(ValueError, match=says):
         parse_spec("clip", **options)
+
+
+def test_clip_match_is_the_calibrated_sigmoid_of_the_cosine(clip_folder, tmp_path, scenes):
+    images, prompts = scenes
+    cosine = make_reward("clip", model=str(clip_folder))(images, prompts)
+    with pytest.raises(ValueError, match="^scale: got None for model .*, which brings none"):
+        parse_spec("clip_match", model=str(clip_folder))
+    given = make_reward("clip_match", model=str(clip_folder), scale=20.0, midpoint=0.1)
+    torch.testing.assert_close(given(images, prompts), 1 / (1 + (-20 * (cosine - 0.1)).exp()))
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    (tmp_path / "clip" / "visalign.json").write_text('{"match": {"scale": 7.0, "midpoint": -0.2}}')
+    stored = make_reward("clip_match", model=str(tmp_path / "clip"), midpoint=0.3)  # an option wins over the folder
+    torch.testing.assert_close(stored(images, prompts), 1 / (1 + (-7 * (cosine - 0.3)).exp()))
+    with pytest.raises(ValueError, match="^scale: got -1.0, expected a finite number above 0"):
+        parse_spec("clip_match", scale=-1.0)
 
 
 def test_clip_never_falls_back_to_random_weights_or_a_download(clip_folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The shipped models are what their card says, and load as anyone's would."""
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -12,6 +13,7 @@ from visalign.worlds import resolve_model
 from visalign.worlds.shapes import WEIGHTS, world_prompts
 from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw
+from visalign.worlds.shapes.lessons import spoil
 from visalign.worlds.shapes.scenes import place, sample_spec
 
 
@@ -25,7 +27,7 @@ def test_flow_model_draws_a_share_of_held_out_captions_right_and_leaves_room_to_
     prompts, gold = world_prompts("test", 64), make_reward("gold", strict=True)
     with torch.no_grad():
         images = rollout(generator, prompts, list(range(64)), FlowODE(), sde_steps=[]).images
-    assert 0.15 <= float(score(gold, images, prompts).total.mean()) <= 0.75  # the card says what was measured
+    assert 0.35 <= float(score(gold, images, prompts).total.mean()) <= 0.70
 
 
 def test_flow_folder_loads_as_a_stock_pipeline_and_draws_what_the_generator_draws():
@@ -54,12 +56,13 @@ def test_clip_finds_the_caption_of_a_picture_among_100():
     reward = make_reward("clip")
     with torch.no_grad():
         table = torch.stack([score(reward, images, [text] * len(images)).total for text in captions])  # (text, image)
-    assert float((table.argmax(0) == torch.arange(100)).float().mean()) >= 0.75
+    assert float((table.argmax(0) == torch.arange(100)).float().mean()) >= 0.90
 
 
-def test_clip_prefers_the_true_caption_to_one_with_the_colours_swapped():
+@pytest.mark.parametrize(("split", "share"), [("test", 0.9), ("compositional", 0.75)])
+def test_clip_prefers_the_true_caption_to_one_with_the_colours_swapped(split, share):
     rng = np.random.default_rng(12)
-    pairs = [sample_spec(rng, "test", "pair") for _ in range(60)]
+    pairs = [sample_spec(rng, split, "pair") for _ in range(60)]
     images = draw([place(s, rng) for s in pairs])
     swapped = [type(s)(((s.groups[1][0], *s.groups[0][1:]), (s.groups[0][0], *s.groups[1][1:]))) for s in pairs]
     keep = [i for i, (a, b) in enumerate(zip(pairs, swapped)) if a.key() != b.key()]
@@ -68,4 +71,14 @@ def test_clip_prefers_the_true_caption_to_one_with_the_colours_swapped():
         true, false = (
             score(reward, images[keep], [caption(group[i]) for i in keep]).total for group in (pairs, swapped)
         )
-    assert float((true > false).float().mean()) >= 0.75
+    assert float((true > false).float().mean()) >= share
+
+
+def test_the_shipped_clip_match_tells_right_pictures_from_spoilt_ones():
+    rng = np.random.default_rng(13)
+    specs = [sample_spec(rng, "test") for _ in range(100)]
+    scenes, captions = [place(s, rng) for s in specs], [caption(s, rng) for s in specs]
+    reward = make_reward("clip_match")
+    right = score(reward, draw(scenes), captions).total
+    spoilt = score(reward, spoil(scenes, rng).float() / 255, captions).total
+    assert right.mean() > 0.8 and spoilt.mean() < 0.35

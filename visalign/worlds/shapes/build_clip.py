@@ -11,20 +11,22 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from scipy import optimize
+from torch import nn
 
 from .captions import caption
-from .drawing import PATCH, draw, patch_labels
+from .drawing import PATCH
+from .lessons import Lesson, content, make_lesson, roughen, train_miss
 from .muon import Muon, hidden_matrices
-from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, Scene, Spec, place, sample_spec
+from .scenes import COLOURS, SHAPES
 from .text import MAX_TOKENS, make_tokenizer, save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -51,35 +53,6 @@ CONFIG = {
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A meaning that differs from `spec` in one respect; most often in how many objects there are.
-
-    (A model that minds a missing object more than one too many rewards crowded pictures.)
-    """
-    groups: list[list] = [list(g) for g in spec.groups]
-    k, draw_colour, draw_shape = rng.integers(len(groups)), list(COLOURS)[rng.integers(6)], SHAPES[rng.integers(4)]
-    relation = spec.relation
-    kinds = (
-        ["count", "extra", "colour", "shape"] + ["fewer", "swap"] * (len(groups) > 1) + ["relation"] * bool(relation)
-    )
-    kind = kinds[rng.integers(len(kinds))]
-    if kind == "count":
-        groups[k][2] = int(rng.choice([n for n in (1, 2, 3, 4) if n != groups[k][2]]))
-        relation = None if rng.random() < 0.5 else relation
-    elif kind == "extra" and len(groups) < 3:
-        groups, relation = [*groups, [draw_colour, draw_shape, 1]], None
-    elif kind == "fewer":
-        groups, relation = [g for i, g in enumerate(groups) if i != k], None
-    elif kind == "swap":
-        part = 0 if groups[0][0] != groups[1][0] else 1  # colours, or shapes where the colours are equal
-        groups[0][part], groups[1][part] = groups[1][part], groups[0][part]
-    elif kind == "relation":
-        relation = RELATIONS[rng.integers(4)]
-    else:
-        groups[k][kind == "shape"] = draw_shape if kind == "shape" else draw_colour
-    return Spec(tuple((c, s, n) for c, s, n in groups), relation)
-
-
 def take_text_tower(model: nn.Module, encoder: nn.Module) -> None:
     """Copy a transformers CLIP text encoder of the same size into an open_clip model."""
     given = {k.removeprefix("text_model."): v.detach() for k, v in encoder.state_dict().items()}
@@ -101,79 +74,6 @@ def take_text_tower(model: nn.Module, encoder: nn.Module) -> None:
     unknown = model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"encoder: got weights for {unknown}, which the model lacks")
-
-
-@dataclass
-class Lesson:
-    """Training data: pictures (N, 3, 64, 64) uint8 of `specs`, their patch labels, and as many spoilt pictures.
-
-    Scene 2k + 1 shows a near miss of scene 2k's meaning; spoilt picture k shows scene k with one object cut in two.
-    """
-
-    specs: list[Spec]
-    pictures: Tensor
-    labels: Tensor
-    spoilt: Tensor
-
-
-def make_lesson(pairs: int, rng: np.random.Generator) -> Lesson:
-    """Draw `pairs` training meanings, each with a near miss, and what spoils them."""
-    specs = []
-    for _ in range(pairs):
-        specs.append(sample_spec(rng))
-        specs.append(train_miss(specs[-1], rng))
-    placed = [place(s, rng) for s in specs]
-    pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, len(placed), 256)])
-    spoilt = torch.cat([spoil(placed[i : i + 256], rng) for i in range(0, len(placed), 256)])
-    return Lesson(specs, pictures, patch_labels(placed), spoilt)
-
-
-def train_miss(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A near miss that is a training meaning and can be said and drawn: at most four objects, relations between two."""
-    while True:
-        miss = near_miss(spec, rng)
-        distinct = len({group[:2] for group in miss.groups}) == len(miss.groups)
-        drawable = miss.num_objects <= 4 and (miss.relation is None or miss.num_objects == 2)
-        if distinct and drawable and miss.key() != spec.key() and miss.split() == "train":
-            return miss
-
-
-def spoil(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-    """Scenes with a line through one object, beyond which there is another scene on the same ground; uint8."""
-    others = [scenes[k] for k in rng.permutation(len(scenes))]
-    beyond = [replace(o, background=s.background, gradient=s.gradient) for s, o in zip(scenes, others)]
-    cuts = [s.objects[rng.integers(len(s.objects))] for s in scenes]
-    angle = torch.from_numpy(rng.uniform(0, 2 * math.pi, len(scenes))).float()
-    x, y = (torch.tensor([getattr(c, axis) for c in cuts])[:, None, None] for axis in ("x", "y"))
-    down, right = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
-    side = (right - x) * angle.cos()[:, None, None] + (down - y) * angle.sin()[:, None, None]
-    share = (side / 2).sigmoid()[:, None]
-    return ((draw(scenes) * (1 - share) + draw(beyond) * share) * 255).byte()
-
-
-def content(specs: list[Spec]) -> tuple[Tensor, Tensor]:
-    """What a meaning holds: counts (N, 24) of every colour and shape, and the relation (N,) or -100 for none.
-
-    The relation is that of the two objects in a fixed order, not in the order named.
-    """
-    counts, relations = torch.zeros(len(specs), len(COLOURS) * len(SHAPES), dtype=torch.long), []
-    for n, spec in enumerate(specs):
-        cells = [list(COLOURS).index(c) * len(SHAPES) + SHAPES.index(s) for c, s, _ in spec.groups]
-        for cell, (_, _, count) in zip(cells, spec.groups):
-            counts[n, cell] = count
-        relation = -100 if spec.relation is None else RELATIONS.index(spec.relation)
-        relations.append(
-            relation ^ 1 if relation >= 0 and cells[0] > cells[-1] else relation
-        )  # left - right, up - down
-    return counts, torch.tensor(relations)
-
-
-def roughen(pictures: Tensor, random: torch.Generator) -> Tensor:
-    """uint8 pictures to [-1, 1], each a little blurred and noisy, as a generator's are."""
-    images = pictures.float() / 127.5 - 1
-    amount = torch.rand(2, len(images), 1, 1, 1, generator=random).to(images.device)
-    images = images.lerp(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), amount[0])
-    return images + 0.1 * amount[1] * torch.randn(images.shape, generator=random).to(images.device)
 
 
 def train_clip(
@@ -260,12 +160,37 @@ def train_clip(
                 *(step, contrast.item() / 2, patches.item(), held.item(), hit, time.monotonic() - started),
             )
     model.visual.output_tokens = False
-    save_clip(model.eval(), folder)
+    save_clip(model.eval(), folder, fit_match(model, lesson, rng))
     return model
 
 
-def save_clip(model: nn.Module, folder: Path | str) -> None:
-    """Write config, fp16 weights and tokenizer in open_clip's "local-dir" layout."""
+@torch.no_grad()
+def fit_match(model: Any, lesson: Lesson, rng: np.random.Generator, count: int = 1000) -> dict[str, float]:
+    """Platt's scale and midpoint for sigmoid(scale (cosine - midpoint)), on right, nearly right and spoilt pictures."""
+    random, tokenizer = torch.Generator().manual_seed(0), make_tokenizer()
+    rows = list(range(0, min(2 * count, len(lesson.specs)), 2))
+    texts = [caption(lesson.specs[r], rng) for r in rows]
+    ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    device = next(model.parameters()).device
+    text = F.normalize(model.encode_text(ids.to(device)), dim=-1)
+    missed = [r + 1 for r in rows]
+    cosines = []
+    for pictures in (lesson.pictures[rows], lesson.pictures[missed], lesson.spoilt[rows]):
+        image = [model.encode_image(roughen(part.to(device), random)) for part in pictures.split(256)]
+        cosines.append((F.normalize(torch.cat(image), dim=-1) * text).sum(-1).double().cpu().numpy())
+    x = np.concatenate(cosines)
+    right = np.arange(len(x)) < len(rows)
+
+    def loss(w: np.ndarray) -> float:
+        logit = w[0] * (x - w[1])
+        return float(np.logaddexp(0, np.where(right, -logit, logit)).mean())
+
+    scale, midpoint = optimize.minimize(loss, (20.0, float(x.mean())), method="Nelder-Mead").x
+    return {"scale": round(float(scale), 2), "midpoint": round(float(midpoint), 4)}
+
+
+def save_clip(model: nn.Module, folder: Path | str, match: dict[str, float]) -> None:
+    """Write config, fp16 weights and tokenizer in open_clip's "local-dir" layout, and the calibration."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}
@@ -273,3 +198,4 @@ def save_clip(model: nn.Module, folder: Path | str) -> None:
     weights = {k: v.detach().half().contiguous().cpu() for k, v in model.state_dict().items()}
     save_file(weights, str(folder / "open_clip_model.safetensors"))
     save_tokenizer(folder)
+    (folder / "visalign.json").write_text(json.dumps({"match": match}, indent=2) + "\n")
