@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from visalign.generator import Generator
-from visalign.training.policy import Average, Policy, check_lora_fits, load_lora
+from visalign.training.policy import CONDITIONING, Average, Policy, check_lora_fits, load_lora
 
 PROMPTS, SEEDS = ["a red square", "blue circle, two green triangles"], [1, 2]
 OPTIONS = dict(height=32, width=32, max_sequence_length=16)
@@ -70,8 +70,39 @@ def test_targets_choose_the_layers_and_unknown_ones_are_refused():
     assert set(default.trained) < set(everything.trained)
     only = make_policy(lora_targets=["to_q"])
     assert only.trained and all(".to_q." in n for n in only.trained)
-    with pytest.raises(ValueError, match="lora_targets: got \\['to_z'\\], expected names of linear layers"):
-        make_policy(lora_targets=["to_z"])
+    with pytest.raises(ValueError, match="lora_targets: got 'to_z', which this model lacks, expected attention"):
+        make_policy(lora_targets=["to_q", "to_z"])
+
+
+def test_groups_of_targets_can_be_joined():
+    def layers(*targets):
+        return {n.partition(".lora_")[0] for n in make_policy(lora_targets=list(targets)).trained}
+
+    conditioning = layers("conditioning")
+    assert {n.rpartition(".")[2] for n in conditioning} == {"linear", "linear_1", "linear_2"}
+    assert {n.split(".")[0] for n in conditioning} == {"time_text_embed", "transformer_blocks", "norm_out"}
+    assert not conditioning & layers("attention")
+    assert layers("attention", "conditioning", "context_embedder") == (
+        layers("attention") | conditioning | {"context_embedder"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "conditions"),
+    [
+        ("time_text_embed.timestep_embedder.linear_1", True),
+        ("single_transformer_blocks.3.norm.linear", True),
+        ("double_stream_modulation_img.linear", True),
+        ("transformer_blocks.0.img_mod.1", True),
+        ("layers.2.adaLN_modulation.0", True),
+        ("down_blocks.0.resnets.1.time_emb_proj", True),
+        ("transformer_blocks.0.attn.to_q", False),
+        ("transformer_blocks.0.ff.net.0.proj", False),
+        ("context_embedder", False),
+    ],
+)
+def test_layers_of_known_models_are_told_apart(layer, conditions):
+    assert bool(CONDITIONING.search(layer)) is conditions
 
 
 @pytest.mark.parametrize("rank", [0, 4])

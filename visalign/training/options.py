@@ -31,7 +31,7 @@ class CommonConfig:
     # What is trained
     lora_rank: int = 32  # 0: all weights of the denoiser
     lora_alpha: float | None = None  # None: 2 * lora_rank
-    lora_targets: list[str] | None = None  # None: attention; ["all-linear"]: every linear layer
+    lora_targets: list[str] | None = None  # attention (None), conditioning, all-linear, or names of linear layers
     lora: str | None = None  # start from this LoRA folder
     # Reward
     reward: str = "clip"  # name, module:attribute, file.py:attribute, or a sum such as clip:0.7+aesthetic:0.3

@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from visalign.generator import Generator
 ADAPTER = "default"
 ATTENTION_ONLY = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ALL_LINEAR = "all-linear"
+CONDITIONING = re.compile(
+    r"(^|[._])(t|time|timestep|text_embedder|guidance_embedder|pooled|adaln|mod|modulation|norm\d*)(?=[._]|$)", re.I
+)
 
 
 class Policy:
@@ -33,7 +37,8 @@ class Policy:
         lora_rank: 0 trains all weights of the denoiser, and keeps a frozen copy as the reference; a half-precision
             denoiser then computes in its own dtype over float32 weights.
         lora_alpha: LoRA's scale is alpha / rank.
-        lora_targets: names of linear layers, or ("all-linear",); None: those of attention.
+        lora_targets: names of linear layers, or of groups of them: "attention" (where None), "conditioning" (those
+            that turn time and pooled text into the scales and shifts of norms), "all-linear".
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
@@ -159,13 +164,22 @@ class Average:
 def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:
     """peft's `target_modules` for layers that this denoiser really has."""
     linear = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if wanted and tuple(wanted) == (ALL_LINEAR,):
-        return linear
-    suffixes = tuple(wanted or ATTENTION_ONLY)
-    chosen = [name for name in linear if any(name == s or name.endswith("." + s) for s in suffixes)]
-    if not chosen:
-        raise ValueError(f"lora_targets: got {list(suffixes)}, expected names of linear layers, e.g. {linear[:4]}")
-    return chosen
+    chosen: set[str] = set()
+    for target in wanted or ("attention",):
+        if target == ALL_LINEAR:
+            found = set(linear)
+        elif target == "conditioning":
+            found = {name for name in linear if CONDITIONING.search(name)}
+        else:
+            suffixes = ATTENTION_ONLY if target == "attention" else (target,)
+            found = {name for name in linear if any(name == s or name.endswith("." + s) for s in suffixes)}
+        if not found:
+            raise ValueError(
+                f"lora_targets: got {target!r}, which this model lacks, expected attention, conditioning, all-linear "
+                f"or names of linear layers, e.g. {linear[:4]}"
+            )
+        chosen |= found
+    return [name for name in linear if name in chosen]
 
 
 def _compute_in(module: nn.Module, dtype: torch.dtype) -> None:
