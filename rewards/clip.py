@@ -101,8 +101,6 @@ class ClipMatchReward:
         dtype: str = "float32",
         download: bool = False,
     ) -> None:
-        options = {"scale": scale, "midpoint": midpoint, "model": model, "pretrained": pretrained, "dtype": dtype}
-        self.preflight(options)
         self.scale, self.midpoint = calibration(scale, midpoint, model)
         self._clip = ClipReward(model, pretrained, "cosine", device, dtype, download)
 
@@ -120,12 +118,17 @@ class ClipMatchReward:
 def calibration(scale: float | None, midpoint: float | None, model: str) -> tuple[float, float]:
     """Scale and midpoint as given, else from `visalign.json` in the model's folder."""
     file = Path(model.removeprefix("local-dir:")).expanduser() / "visalign.json"
-    stored = json.loads(file.read_text(encoding="utf-8")).get("match", {}) if file.is_file() else {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8")).get("match", {}) if file.is_file() else {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model: could not read {str(file)!r} as a JSON object: {error}") from error
     found = {"scale": stored.get("scale") if scale is None else scale}
     found["midpoint"] = stored.get("midpoint") if midpoint is None else midpoint
     for name, value in found.items():
         if value is None:
             raise ValueError(f"{name}: got None for model {model!r}, which brings none, expected a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name}: got {value!r} (from {str(file)!r} where it was not given), expected a number")
         if not math.isfinite(value) or name == "scale" and value <= 0:
             raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' * (name == 'scale')}")
     return float(found["scale"]), float(found["midpoint"])

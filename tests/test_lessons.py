@@ -1,8 +1,10 @@
 """What the world's CLIP is taught with: near misses, spoilt pictures, and the content heads' targets."""
 
 import numpy as np
+import pytest
 import torch
 
+from visalign.worlds.shapes.build_clip import platt
 from visalign.worlds.shapes.captions import caption, parse
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.judge import judge
@@ -58,3 +60,11 @@ def test_roughened_pictures_are_near_the_drawn_ones_and_differ_by_their_random_s
     one, same, other = (roughen(pictures, torch.Generator().manual_seed(k)) for k in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert (one - (pictures.float() / 127.5 - 1)).abs().mean() < 0.12
+
+
+def test_platts_fit_finds_the_sigmoid_that_drew_the_labels():
+    rng = np.random.default_rng(4)
+    scores = rng.normal(0.7, 0.1, 40_000)
+    right = rng.random(len(scores)) < 1 / (1 + np.exp(-30 * (scores - 0.78)))
+    scale, midpoint = platt(scores, right)
+    assert scale == pytest.approx(30, rel=0.05) and midpoint == pytest.approx(0.78, abs=0.003)

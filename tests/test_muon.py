@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from visalign.worlds.shapes.muon import Muon, hidden_matrices, orthogonalise
+from visalign.worlds.shapes.muon import Muon, MuonAndAdamW, hidden_matrices, orthogonalise, warmup_cosine
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 64), (3, 96, 64), (1, 64, 192)])
@@ -52,3 +52,24 @@ def test_only_inner_matrices_are_taken():
     module = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
     module["table"] = nn.Embedding(100, 64)
     assert [w is module["inner"].weight for w in hidden_matrices(module)] == [True]
+
+
+def test_both_halves_move_by_the_rate_given_and_nothing_is_left_out_or_taken_twice():
+    torch.manual_seed(0)
+    module, other = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)), nn.Parameter(torch.zeros(3))
+    optimizer = MuonAndAdamW(module, [other], weight_decay=0.0)
+    taken = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    assert len(taken) == len({id(p) for p in taken}) == 5
+    before = [p.detach().clone() for p in taken]
+    for p in taken:
+        p.grad = torch.randn_like(p)
+    optimizer.step(1e-3)
+    moved = [(p.detach() - b).square().mean().sqrt().item() for p, b in zip(taken, before)]
+    assert all(2e-4 * 0.7 < m < 1.01e-3 for m in moved)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in taken)
+
+
+def test_the_rate_rises_linearly_and_falls_along_a_cosine():
+    assert warmup_cosine(49, 100, 0.1) == pytest.approx(0.5)
+    assert warmup_cosine(1000, 100, 0.5) == pytest.approx(0.51) and warmup_cosine(1000, 100, 1.0) == pytest.approx(0.01)

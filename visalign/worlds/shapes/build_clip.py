@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy import optimize
-from torch import nn
+from torch import Tensor, nn
 
 from .captions import caption
 from .drawing import PATCH
 from .lessons import Lesson, content, make_lesson, roughen, train_miss
-from .muon import Muon, hidden_matrices
-from .scenes import COLOURS, SHAPES
+from .muon import MuonAndAdamW, warmup_cosine
+from .scenes import COLOURS, SHAPES, Spec
 from .text import MAX_TOKENS, make_tokenizer, save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -107,61 +107,61 @@ def train_clip(
     ).to(device)
     tokenizer = make_tokenizer()
     lesson = make_lesson(pairs, rng)
-    matrices = hidden_matrices(model)
-    known = {id(p) for p in matrices}
-    others = [*(p for p in model.parameters() if id(p) not in known), *heads.parameters()]
-    optimizers = [
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.02, fused=True),
-        Muon(matrices, lr=learning_rate, weight_decay=0.02),
-    ]
+    optimizer = MuonAndAdamW(model, heads.parameters(), weight_decay=0.02)
     started = time.monotonic()
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - started) / seconds)
         if progress >= 1:
             break
-        for group in [g for o in optimizers for g in o.param_groups]:
-            group["lr"] = learning_rate * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
         first = 2 * torch.randint(pairs, (batch_size,), generator=random)
         rows = torch.stack([first, first + 1], 1).flatten().tolist()
         shown = [lesson.specs[r] for r in rows]
         meanings = shown + [train_miss(s, rng) for s in shown[::2]]
         texts = [caption(s, rng) for s in meanings]
         ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(device)
-        drawn = torch.cat([lesson.pictures[rows], lesson.spoilt[rows[::3]]])
-        pooled, tokens = model.visual(roughen(drawn.to(device), random))
-        image, text = F.normalize(pooled, dim=-1), F.normalize(model.encode_text(ids), dim=-1)
-        logits = image @ text.T * model.logit_scale.exp().clamp(max=100)
-        keys, count = [s.key() for s in meanings], len(shown)
-        same = torch.zeros(logits.shape, dtype=torch.bool)
-        same[:count] = torch.tensor([[a == b for b in keys] for a in keys[:count]])
-        same[:count, :count].fill_diagonal_(False)
-        logits = logits.masked_fill(same.to(device), -1e4)  # another wording of one's own meaning is no negative
-        target = torch.arange(count, device=device)
-        contrast = F.cross_entropy(logits[:count], target) + F.cross_entropy(logits[:, :count].T, target)
-        patches = F.cross_entropy(
-            heads["patch"](tokens[:count]).flatten(0, 1), lesson.labels[rows].to(device).flatten()
-        )
-        both = torch.cat([image[:count], text[:count]]) * 128**0.5  # one head for both towers: one space
-        counts, relations = (x.repeat(2, *[1] * (x.ndim - 1)).to(device) for x in content(shown))
-        held = F.cross_entropy(heads["count"](both).view(-1, 5), counts.flatten()) * 5
-        if (relations >= 0).any():
-            held = held + 0.3 * F.cross_entropy(heads["relation"](both), relations)
-        loss = contrast / 2 + patches + held
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
+        drawn = roughen(torch.cat([lesson.pictures[rows], lesson.spoilt[rows[::3]]]).to(device), random)
+        losses, hit = lesson_loss(model, heads, drawn, ids, meanings, lesson.labels[rows].to(device))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step(learning_rate * warmup_cosine(step, 200, progress))
         if step % 50 == 0:
-            hit = (logits[:count].argmax(-1) == target).float().mean().item()
-            log.info(
-                "clip step %d contrast %.3f patches %.3f content %.3f top-1 %.2f seconds %.0f",
-                *(step, contrast.item() / 2, patches.item(), held.item(), hit, time.monotonic() - started),
-            )
+            said = " ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
+            log.info("clip step %d %s top-1 %.2f seconds %.0f", step, said, hit, time.monotonic() - started)
     model.visual.output_tokens = False
     save_clip(model.eval(), folder, fit_match(model, lesson, rng))
     return model
+
+
+def lesson_loss(
+    model: Any, heads: nn.ModuleDict, pictures: Tensor, ids: Tensor, meanings: list[Spec], labels: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    """The parts of the loss of N scenes, and how often a picture finds its own text.
+
+    Args:
+        pictures: the N scenes, then spoilt ones that are nobody's match.
+        ids: (M, MAX_TOKENS) tokens of `meanings`, the first N of them those of the scenes.
+        labels: (N, 64) of `patch_labels`.
+    """
+    count, device = len(labels), pictures.device
+    pooled, tokens = model.visual(pictures)
+    image, text = F.normalize(pooled, dim=-1), F.normalize(model.encode_text(ids), dim=-1)
+    logits = image @ text.T * model.logit_scale.exp().clamp(max=100)
+    keys = [s.key() for s in meanings]
+    same = torch.zeros(logits.shape, dtype=torch.bool)
+    same[:count] = torch.tensor([[a == b for b in keys] for a in keys[:count]])
+    same[:count, :count].fill_diagonal_(False)
+    logits = logits.masked_fill(same.to(device), -1e4)  # another wording of one's own meaning is no negative
+    target = torch.arange(count, device=device)
+    contrast = F.cross_entropy(logits[:count], target) + F.cross_entropy(logits[:, :count].T, target)
+    patches = F.cross_entropy(heads["patch"](tokens[:count]).flatten(0, 1), labels.flatten())
+    both = torch.cat([image[:count], text[:count]]) * image.shape[1] ** 0.5  # one head for both towers: one space
+    counts, relations = (x.repeat(2, *[1] * (x.ndim - 1)).to(device) for x in content(meanings[:count]))
+    held = F.cross_entropy(heads["count"](both).view(-1, 5), counts.flatten()) * 5
+    if (relations >= 0).any():
+        held = held + 0.3 * F.cross_entropy(heads["relation"](both), relations)
+    hit = (logits[:count].argmax(-1) == target).float().mean().item()
+    return {"contrast": contrast / 2, "patches": patches, "content": held}, hit
 
 
 @torch.no_grad()
@@ -179,14 +179,20 @@ def fit_match(model: Any, lesson: Lesson, rng: np.random.Generator, count: int =
         image = [model.encode_image(roughen(part.to(device), random)) for part in pictures.split(256)]
         cosines.append((F.normalize(torch.cat(image), dim=-1) * text).sum(-1).double().cpu().numpy())
     x = np.concatenate(cosines)
-    right = np.arange(len(x)) < len(rows)
+    scale, midpoint = platt(x, np.arange(len(x)) < len(rows))
+    return {"scale": round(scale, 2), "midpoint": round(midpoint, 4)}
+
+
+def platt(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Scale and midpoint of the likeliest sigmoid(scale (score - midpoint)) for labels `right` (Platt 1999)."""
 
     def loss(w: np.ndarray) -> float:
-        logit = w[0] * (x - w[1])
+        logit = w[0] * (scores - w[1])
         return float(np.logaddexp(0, np.where(right, -logit, logit)).mean())
 
-    scale, midpoint = optimize.minimize(loss, (20.0, float(x.mean())), method="Nelder-Mead").x
-    return {"scale": round(float(scale), 2), "midpoint": round(float(midpoint), 4)}
+    start = (4 / float(scores.std()), float(scores.mean()))
+    scale, midpoint = optimize.minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-10}).x
+    return float(scale), float(midpoint)
 
 
 def save_clip(model: nn.Module, folder: Path | str, match: dict[str, float]) -> None:

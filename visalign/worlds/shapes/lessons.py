@@ -100,9 +100,9 @@ def content(specs: list[Spec]) -> tuple[Tensor, Tensor]:
         for cell, (_, _, count) in zip(cells, spec.groups):
             counts[n, cell] = count
         relation = -100 if spec.relation is None else RELATIONS.index(spec.relation)
-        relations.append(
-            relation ^ 1 if relation >= 0 and cells[0] > cells[-1] else relation
-        )  # left - right, up - down
+        if relation >= 0 and cells[0] > cells[-1]:
+            relation ^= 1  # left for right, above for below
+        relations.append(relation)
     return counts, torch.tensor(relations)
 
 

@@ -4,6 +4,7 @@
 slower; here matrices of one shape go through the iteration together, in float32.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -48,6 +49,40 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalise(torch.stack(nesterov)).unbind()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+
+class MuonAndAdamW:
+    """Muon for a module's hidden matrices, AdamW for the rest of it and for `others`, at one learning rate."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        others: Iterable[Tensor] = (),
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+    ):
+        matrices = hidden_matrices(module)
+        inner = {id(p) for p in matrices}
+        rest = [*(p for p in module.parameters() if id(p) not in inner), *others]
+        self.parts = (
+            torch.optim.AdamW(rest, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True),
+            Muon(matrices, lr=0.0, weight_decay=weight_decay),
+        )
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self, learning_rate: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+
+
+def warmup_cosine(step: int, warmup: int, progress: float) -> float:
+    """Share of the peak learning rate: linear over `warmup` steps, then a cosine of `progress` in [0, 1] to 0.01."""
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
 
 
 def hidden_matrices(module: nn.Module) -> list[Tensor]:
