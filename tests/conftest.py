@@ -61,6 +61,7 @@ def options(world_files) -> dict:
         reward=f"{world_files / 'reward.py'}:brightness",
         steps=2,
         num_steps=4,
+        window="all",
         prompts_per_step=2,
         group_size=2,
         batch_size=3,

@@ -238,6 +238,7 @@ def final(bench, **changes):
         (dict(sampler="dance_sde"), [0, 1, 2, 3]),
         (dict(sampler="cps"), [0, 1, 2]),
         (dict(window="random", window_size=2, window_span=(0, 2)), [0, 1]),
+        (dict(window="early"), [1, 2]),
         (dict(window="mix_random", window_size=1), None),
         (dict(window="progressive", window_size=1, window_iterations=2), [0]),
         (dict(window="decay", window_size=1), [0]),
@@ -262,6 +263,16 @@ def test_what_follows_the_window_can_be_solved_otherwise(bench):
         assert (other - base).abs().max() > 1e-4 and trajectory.steps == [0]
     batches, _ = bench.sampled(bench.trainer(**window), step=1)
     assert batches[0].trajectory.steps == [1]
+
+
+def test_after_the_early_window_a_second_order_solver_takes_two_fifths_of_the_steps(bench):
+    early, _ = final(bench, window="early", window_size=1)
+    same, _ = final(bench, window="early", window_size=1, solver="dpm2m", post_ratio=0.4)
+    plain, _ = final(bench, window="early", window_size=1, solver="ode", post_ratio=1.0)
+    assert torch.equal(early, same) and (early - plain).abs().max() > 1e-4
+    trainer = bench.trainer(window="early", timestep_fraction=None)
+    assert trainer.steps_to_train(0, [1, 2]) == [1, 2]
+    assert bench.trainer(window="all", timestep_fraction=None).steps_to_train(0, [0, 1, 2, 3]) == [0, 1, 2]
 
 
 def test_a_group_can_share_its_first_noise(bench):

@@ -34,6 +34,12 @@ def test_random_window_starts_uniformly_wherever_it_fits(span, starts):
     assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in counts.values())
 
 
+def test_the_early_window_leaves_out_the_first_step_in_every_iteration():
+    assert sequence(make_window("early", 10), 3) == [[1, 2]] * 3 and make_window("early", 5, 3)(7) == [1, 2, 3]
+    with pytest.raises(ValueError, match="^size: got 4, expected at most 3: not the first or last"):
+        make_window("early", 5, 4)
+
+
 def test_random_window_of_size_zero_is_all_but_the_last():
     assert make_window("random", 10, 0)(0) == list(range(9))
 

@@ -24,9 +24,9 @@ def test_all_weights_together_are_small():
 
 def test_flow_model_draws_a_share_of_held_out_captions_right_and_leaves_room_to_learn():
     generator = Generator.from_pretrained(resolve_model("shapes-flow"), dtype=torch.float32)
-    prompts, gold = world_prompts("test", 64), make_reward("gold", strict=True)
+    prompts, gold = world_prompts("test", 128), make_reward("gold", strict=True)
     with torch.no_grad():
-        images = rollout(generator, prompts, list(range(64)), FlowODE(), sde_steps=[]).images
+        images = rollout(generator, prompts, list(range(128)), FlowODE(), sde_steps=[]).images
     assert 0.35 <= float(score(gold, images, prompts).total.mean()) <= 0.70
 
 
@@ -38,7 +38,7 @@ def test_flow_folder_loads_as_a_stock_pipeline_and_draws_what_the_generator_draw
     wanted = stock(
         prompt,
         num_inference_steps=10,
-        guidance_scale=3.0,
+        guidance_scale=1.0,
         max_sequence_length=1,
         generator=[torch.Generator().manual_seed(5)],
         output_type="pt",

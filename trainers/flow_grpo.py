@@ -41,15 +41,15 @@ class Config(options.CommonConfig):
     num_steps: int = 10  # denoising steps of a training image
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     eta: float = 0.7  # noise strength: 0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps
-    window: Literal["all", "random", "mix_random", "progressive", "decay", "exp_decay"] = "all"
-    window_size: int | None = None  # stochastic steps; required unless window is all
+    window: Literal["all", "early", "random", "mix_random", "progressive", "decay", "exp_decay"] = "early"
+    window_size: int | None = None  # stochastic steps; None: 2 for early; all takes none, the others need it
     window_span: tuple[int, int] | None = None  # for random: first and last + 1 step it may hold
     window_iterations: int | None = None  # for progressive and decays: iterations at each position
-    solver: Literal["ode", "dpm2m"] = "ode"  # of the steps after the window
-    post_ratio: float | None = None  # MixGRPO-Flash: take this share of the steps after the window, e.g. 0.4
-    timestep_fraction: float = 0.99  # share of the stochastic steps trained
+    solver: Literal["ode", "dpm2m"] | None = None  # of the steps after the window; None: dpm2m for early, else ode
+    post_ratio: float | None = None  # MixGRPO-Flash: share of the steps after it; None: 0.4 for early, else all
+    timestep_fraction: float | None = None  # share of the stochastic steps trained; None: 0.99 for all, else 1
     timestep_choice: Literal["first", "random"] = "first"  # which ones
-    prompts_per_step: int = 12  # groups an iteration
+    prompts_per_step: int = 16  # groups an iteration
     group_size: int = 8  # images a prompt
     same_latents: bool = False  # one initial noise for a whole group
     # Objective
@@ -86,7 +86,8 @@ class Config(options.CommonConfig):
 
     def _check_window(self) -> None:
         steps = self.make_window()(0)
-        if not 0 < self.timestep_fraction <= 1 or len(steps) > 1 and int(self.timestep_fraction * len(steps)) < 1:
+        share = self.share_trained
+        if not 0 < share <= 1 or len(steps) > 1 and int(share * len(steps)) < 1:
             raise ValueError(
                 f"timestep_fraction: got {self.timestep_fraction} of {len(steps)} steps, expected within (0, 1] and at "
                 "least one step"
@@ -102,8 +103,15 @@ class Config(options.CommonConfig):
                 f"post_ratio: got {self.post_ratio} with window {self.window!r}, expected within (0, 1] and a window "
                 "that leaves steps after it"
             )
-        if self.solver != "ode" and self.window == "all":
+        if self.solver not in (None, "ode") and self.window == "all":
             raise ValueError(f"solver: got {self.solver!r} with window 'all', which leaves it no steps, expected 'ode'")
+
+    @property
+    def share_trained(self) -> float:
+        """Of the stochastic steps. All steps without the last: its std is tiny and its gradient huge."""
+        if self.timestep_fraction is None:
+            return 0.99 if self.window == "all" else 1.0
+        return self.timestep_fraction
 
     def make_window(self):
         """The window of stochastic steps; options given for another kind of window are errors."""
@@ -138,7 +146,9 @@ class FlowGRPO:
         """Images of some groups, in micro-batches, with the stochastic steps on record."""
         cfg = self.cfg
         steps = [i for i in self.window(step) if self.stds[i] > 0]
-        post = None if cfg.post_ratio is None else flash_post_steps(cfg.num_steps, max(steps), cfg.post_ratio)
+        early = cfg.window == "early"
+        ratio = 0.4 if early and cfg.post_ratio is None else cfg.post_ratio
+        post = None if ratio is None else flash_post_steps(cfg.num_steps, max(steps), ratio)
         samples = [(g, k) for g in groups for k in range(cfg.group_size)]
         for start in range(0, len(samples), cfg.batch_size):
             chosen = samples[start : start + cfg.batch_size]
@@ -150,7 +160,7 @@ class FlowGRPO:
                     self.transition,
                     sde_steps=steps,
                     noise_seeds=[g.noise_seeds[k] for g, k in chosen],
-                    solver=cfg.solver,
+                    solver=cfg.solver or ("dpm2m" if early else "ode"),
                     post_steps=post,
                     store_means=cfg.ratio == "guard",
                     grad_mode=cfg.compile,
@@ -183,7 +193,7 @@ class FlowGRPO:
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""
-        kept = trained_steps(stored, self.cfg.timestep_fraction) if len(stored) > 1 else stored
+        kept = trained_steps(stored, self.cfg.share_trained) if len(stored) > 1 else stored
         if self.cfg.timestep_choice == "first":
             return kept
         generator = torch.Generator().manual_seed(derived_seed(self.cfg.seed, 5, step))

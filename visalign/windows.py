@@ -35,6 +35,29 @@ class AllSteps:
 
 
 @dataclass(frozen=True)
+class EarlyWindow:
+    """The `size` steps after the first one, in every iteration: where noise still changes what the picture shows.
+
+    On the shapes world most of the gradient's signal lies there (docs/decisions.md); later steps change details.
+    """
+
+    name: ClassVar[str] = "early"
+    num_steps: int
+    size: int = 2
+
+    def __post_init__(self):
+        _check_int("num_steps", self.num_steps, 3)
+        _check_int("size", self.size, 1)
+        if self.size > self.num_steps - 2:
+            raise ValueError(
+                f"size: got {self.size}, expected at most {self.num_steps - 2}: all but the first and last"
+            )
+
+    def __call__(self, iteration: int, generator: torch.Generator | None = None) -> list[int]:
+        return list(range(1, 1 + self.size))
+
+
+@dataclass(frozen=True)
 class RandomWindow:
     """`size` steps whose start is uniform over those that fit in span = (low, high), high excluded (Flow-GRPO-Fast).
 
@@ -167,18 +190,18 @@ class ExpDecayWindow(ProgressiveWindow):
 
 _WINDOWS: dict[str, type] = {
     window.name: window
-    for window in (AllSteps, RandomWindow, MixRandomWindow, ProgressiveWindow, DecayWindow, ExpDecayWindow)
+    for window in (AllSteps, EarlyWindow, RandomWindow, MixRandomWindow, ProgressiveWindow, DecayWindow, ExpDecayWindow)
 }
 
 
 def make_window(kind: str, num_steps: int, size: int | None = None, **options: Any) -> Window:
-    """Make a window by name: all, random, mix_random, progressive, decay, exp_decay; options are its fields.
+    """Make a window by name: all, early, random, mix_random, progressive, decay, exp_decay; options are its fields.
 
     Raises:
         ValueError: an unknown kind or option (the error names the nearest valid one), no size for a kind that has one,
             or a size for "all".
     """
-    if kind in _WINDOWS and (size is None) != (kind == "all"):
+    if kind in _WINDOWS and kind != "early" and (size is None) != (kind == "all"):
         raise ValueError(f"size: got {size}, expected {None if kind == 'all' else 'a number of steps'} for {kind!r}")
     sized = {} if size is None else {"size": size}
     return build(kind, _WINDOWS, "kind", num_steps=num_steps, **sized, **options)

@@ -30,7 +30,7 @@ def examine(cfg: Any) -> Iterator[Finding]:
     """Run the checks on a small batch of the configured training. `cfg` is a trainer's Config with a flow sampler.
 
     Raises:
-        ValueError: what `preflight` refuses.
+        ValueError: what `make_plan` refuses.
     """
     plan = preflight.make_plan(replace(cfg, run_dir=None, resume=None))
     yield _prompts(plan)

@@ -31,10 +31,10 @@ class CommonConfig:
     # What is trained
     lora_rank: int = 32  # 0: all weights of the denoiser
     lora_alpha: float | None = None  # None: 2 * lora_rank
-    lora_targets: list[str] | None = None  # attention (None), conditioning, all-linear, or names of linear layers
+    lora_targets: list[str] | None = None  # all-linear (None), attention, conditioning, or names of linear layers
     lora: str | None = None  # start from this LoRA folder
     # Reward
-    reward: str = "clip"  # name, module:attribute, file.py:attribute, or a sum such as clip:0.7+aesthetic:0.3
+    reward: str = "clip_match"  # name, module:attribute, file.py:attribute, or a sum such as clip:0.7+aesthetic:0.3
     judges: str = "auto"  # rewards that are only watched, joined by commas; auto: gold where the world has one
     # Prompts
     prompts: str = "shapes"  # a text file, one prompt a line, or shapes
@@ -44,11 +44,11 @@ class CommonConfig:
     eval_every: int = 0  # steps between evaluations under way; 0: only before and after
     eval_seed: int = 1234
     # Optimisation
-    steps: int = 20  # iterations of sample, score, learn
+    steps: int = 100  # iterations of sample, score, learn
     batch_size: int = 32  # images in one forward
-    learning_rate: float = 1e-4
+    learning_rate: float = 4e-4
     warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9

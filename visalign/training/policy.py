@@ -37,8 +37,8 @@ class Policy:
         lora_rank: 0 trains all weights of the denoiser, and keeps a frozen copy as the reference; a half-precision
             denoiser then computes in its own dtype over float32 weights.
         lora_alpha: LoRA's scale is alpha / rank.
-        lora_targets: names of linear layers, or of groups of them: "attention" (where None), "conditioning" (those
-            that turn time and pooled text into the scales and shifts of norms), "all-linear".
+        lora_targets: names of linear layers, or of groups of them: "all-linear" (where None), "attention",
+            "conditioning" (those that turn time and pooled text into the scales and shifts of norms).
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
@@ -165,7 +165,7 @@ def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:
     """peft's `target_modules` for layers that this denoiser really has."""
     linear = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     chosen: set[str] = set()
-    for target in wanted or ("attention",):
+    for target in wanted or (ALL_LINEAR,):
         if target == ALL_LINEAR:
             found = set(linear)
         elif target == "conditioning":

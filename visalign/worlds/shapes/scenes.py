@@ -7,6 +7,7 @@ splits that share no meaning; `place` draws a scene for a meaning.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +88,18 @@ class Scene:
     gradient: tuple[float, float] = (0.0, 0.0)
 
 
-def sample_spec(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> Spec:
-    """Draw a meaning of `kind` (default: by KIND_WEIGHTS) that lies in `split`."""
+def sample_spec(
+    rng: np.random.Generator,
+    split: str = "train",
+    kind: str | None = None,
+    weights: Sequence[float] = KIND_WEIGHTS,
+) -> Spec:
+    """Draw a meaning of `kind` (default: by `weights`, one for each of KINDS) that lies in `split`."""
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {KINDS}")
-    kind = kind or KINDS[rng.choice(len(KINDS), p=KIND_WEIGHTS)]
+    kind = kind or KINDS[rng.choice(len(KINDS), p=weights)]
     while True:
         spec = _random_spec(rng, kind)
         if spec.split() == split:
