@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: train test lint clean
 train: .venv/ready
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no trainers/flow_grpo.py $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no trainers/flow_grpo.py $(ARGS)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
