@@ -170,7 +170,8 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exported_lora_loads_in_plain_diffusers_and_predicts_the_same(tmp_path, dtype):
-    policy = make_policy(rank=4, alpha=12.0, dtype=dtype)  # a scale of 3
+    targets = None if dtype == torch.float32 else ["attention"]  # modulations moved so far drown in bf16's rounding
+    policy = make_policy(rank=4, alpha=12.0, dtype=dtype, lora_targets=targets)  # a scale of 3
     move(policy)
     policy.export(tmp_path / "lora")
     wanted = predict(policy).detach()

@@ -36,7 +36,7 @@ def test_random_window_starts_uniformly_wherever_it_fits(span, starts):
 
 def test_the_early_window_leaves_out_the_first_step_in_every_iteration():
     assert sequence(make_window("early", 10), 3) == [[1, 2]] * 3 and make_window("early", 5, 3)(7) == [1, 2, 3]
-    with pytest.raises(ValueError, match="^size: got 4, expected at most 3: not the first or last"):
+    with pytest.raises(ValueError, match="^size: got 4, expected at most 3: all but the first and last"):
         make_window("early", 5, 4)
 
 
