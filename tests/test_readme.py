@@ -11,7 +11,7 @@ import torch
 from visalign import cli
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "1", "--prompts_per_step", "1", "--group_size", "2", "--num_steps", "3"]
+SMALL = ["--steps", "1", "--prompts_per_step", "1", "--group_size", "2", "--num_steps", "4"]
 SMALL += ["--eval_count", "2", "--eval_during", "2"]
 
 
