@@ -4,15 +4,26 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from visalign.names import unknown_name
 
-KINDS = ("pointwise",)
-Context = Mapping[str, Any]  # further inputs of a reward by name, e.g. lists of N references
+from .entry_points import entry_point_names, load_entry_point
+
+if TYPE_CHECKING:
+    from .output import RewardOutput
+
+KINDS = ("pointwise", "groupwise", "setwise")
+Context = Mapping[str, Any]  # further inputs of a reward by name; see CONTEXT
+CONTEXT = {  # names that mean the same to all rewards; a reward may need others
+    "references": "list of N lists of pictures (3, H, W) in [0, 1]: subjects, edit sources, exemplars",
+    "metadata": "list of N dicts: what a verifier is to check, e.g. GenEval's include and exclude",
+    "group_ids": "int64 (N,): the same number for samples of the same prompt's group",
+    "fps": "frames a second of videos",
+}
 _F = TypeVar("_F", bound=Callable)
 _REWARDS: dict[str, Callable] = {}
 _MODULES: dict[str, str] = {}  # names that register themselves when their module is imported
@@ -22,7 +33,14 @@ _MODULES: dict[str, str] = {}  # names that register themselves when their modul
 class Reward(Protocol):
     """Scores pictures: images (N, 3, H, W), float in [0, 1], and N prompts to (N,) raw scores, higher is better.
 
-    A "pointwise" reward scores each picture by itself, so a batch scores as its pictures do one by one.
+    Returns the scores, or a `RewardOutput` with what else it knows. Videos are (N, F, 3, H, W).
+
+    A "pointwise" reward scores each picture by itself, so a batch scores as its pictures do one by one. A "groupwise"
+    one compares the pictures of a group (`context["group_ids"]`; without it all are one group) and must see each group
+    whole. A "setwise" one scores all it is given as one set; its scores are each sample's share in that.
+
+    Further attributes, read where they are set: `media` ("images", "videos" or "both"), `stochastic`, `noisy_ok`
+    (whether it may be asked about estimates under way), `checkpoints`, `licence`, `source`.
     """
 
     @property
@@ -43,7 +61,9 @@ class Reward(Protocol):
     def needs(self) -> tuple[str, ...]:
         """What is read besides the images: "prompts", or keys that the context must hold."""
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor: ...
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], context: Context | None = None
+    ) -> "Tensor | RewardOutput": ...
 
 
 class RewardError(ValueError):
@@ -75,13 +95,15 @@ def announce_reward(name: str, module: str) -> None:
 
 def reward_names() -> list[str]:
     """Every name that make_reward knows, sorted."""
-    return sorted({*_REWARDS, *_MODULES})
+    return sorted({*_REWARDS, *_MODULES, *entry_point_names()})
 
 
 def reward_factory(name: str) -> Callable:
     """The class or function registered as `name`."""
     if name not in _REWARDS and name in _MODULES:
         importlib.import_module(_MODULES[name])
+    if name not in _REWARDS and name in entry_point_names():
+        return load_entry_point(name)
     if name not in _REWARDS:
         raise unknown_name("reward", name, reward_names())
     return _REWARDS[name]
@@ -106,12 +128,15 @@ class FunctionReward:
         self.differentiable: bool = getattr(function, "differentiable", False)
         self.kind: str = getattr(function, "kind", "pointwise")
         self.range: tuple[float, float] = getattr(function, "range", (-math.inf, math.inf))
+        self.media: str = getattr(function, "media", "images")
         default = ("prompts",) if "prompts" in takes else ()
         self.needs: tuple[str, ...] = tuple(getattr(function, "needs", default))
         if self.kind not in KINDS:
             raise ValueError(f"kind of reward {name!r}: got {self.kind!r}, expected one of {KINDS}")
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], context: Context | None = None
+    ) -> "Tensor | RewardOutput":
         given = {"prompts": prompts, "context": context}
         return self._function(images, **{argument: given[argument] for argument in self._takes})
 

@@ -1,114 +1,231 @@
-"""Calling rewards safely: the weighted sum of several, and `score`, which lets no unusable score through."""
+"""Calling rewards safely: several combined into one, and `score`, which lets no unusable score through."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_pixels
+from visalign.images import check_images, check_pixels, check_videos
 
-from .base import Context, Reward, RewardError, as_reward, as_scores, check_prompts
+from .base import KINDS, Context, Reward, RewardError, as_reward, check_prompts
+from .combine import Combine, check_members
+from .output import RewardOutput, as_output, fill_invalid
+from .shaping import Transform
 
 ADVICE = "fix the reward or leave this sample's prompt out; nothing was updated with these scores"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One reward of a weighted sum. Weight 0 reports a score without using it."""
+    """One reward of several. Weight 0 reports a score without using it (but a gate may)."""
 
     label: str
     weight: float
     reward: Reward
+    transform: tuple[Transform, ...] = ()  # of its scores, in order, before they are combined
+
+    def shaped(self, scores: Tensor, output: RewardOutput, group_ids: Tensor | None) -> Tensor:
+        """Its scores (N,), those of failed samples filled in, after its transforms."""
+        doubt = output.uncertainty
+        if doubt is not None and not output.is_valid.all():
+            doubt = fill_invalid(doubt.cpu(), output.is_valid, group_ids)
+        for transform in self.transform:
+            scores = transform(scores, doubt, self.label)
+        return scores
 
 
 class CombinedReward:
-    """sum_k weight_k * score_k over its members' raw scores; `score` reports each member's scores as well."""
+    """Several rewards as one: by default sum_k weight_k * score_k; `score` reports each member's raw scores as well.
 
-    kind = "pointwise"
+    Other ways to combine them are `Combine`'s. Some look at whole groups or all samples of an iteration: a trainer that
+    scores in batches or on several processes then gathers `ScoreResult.shaped` from all and calls `combine` once.
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    Args:
+        members: all labels different.
+        combine: None: the weighted sum.
+    """
+
+    def __init__(self, members: Sequence[Member], combine: Combine | None = None) -> None:
         labels = [m.label for m in members]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"members: got labels {labels}, expected at least one, all different")
+        self.combiner = Combine() if combine is None else combine
+        check_members(self.combiner, labels, [m.weight for m in members])
         self.members = tuple(members)
-        self.name = "+".join(f"{m.label}:{m.weight:g}" for m in members)
-        used = [m for m in members if m.weight]
-        self.differentiable = bool(used) and all(m.reward.differentiable for m in used)
+        self.used = tuple(m for m in members if m.weight or m.label in self.combiner.gates)  # those `combine` takes
+        terms = "+".join(f"{m.label}:{m.weight:g}" for m in members)
+        self.name = terms if self.combiner.name == "weighted" else f"{self.combiner.name}({terms})"
+        weighted = [m for m in members if m.weight]
+        # What the least local of them needs.
+        self.kind = max((self.combiner.kind, *(m.reward.kind for m in members)), key=KINDS.index)
+        self.gives = self.combiner.gives  # "scores" or "advantages"
+        self.differentiable = (
+            bool(weighted) and all(m.reward.differentiable for m in weighted) and self.gives == "scores"
+        )
         self.needs = tuple(dict.fromkeys(need for m in members for need in m.reward.needs))
-        ends = [sorted(m.weight * end for end in m.reward.range) for m in used]
-        self.range: tuple[float, float] = (float(sum(e[0] for e in ends)), float(sum(e[1] for e in ends)))
+        self.range: tuple[float, float] = self.combiner.bounds(
+            [_shaped_range(m) for m in self.used], [m.weight for m in self.used]
+        )
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
-        """(N,), float32 on the images' device; members of weight 0 are not called."""
-        total = torch.zeros(len(images), device=images.device)
-        for m in self.members:
-            if m.weight:
-                scores = as_scores(m.reward(images, prompts, context), m.label, prompts)
-                total = total + m.weight * scores.to(images.device)
-        return total
+        """(N,), float32 on the images' device; members of weight 0 that are no gates are not called."""
+        ids, rows = (context or {}).get("group_ids"), []
+        for m in self.used:
+            output = as_output(m.reward(images, prompts, context), m.label, prompts)
+            scores = output.scores.to(images.device)
+            if output.valid is not None and not output.valid.all():
+                scores = fill_invalid(scores.cpu(), output.is_valid, ids).to(images.device)
+            rows.append(m.shaped(scores, output, ids))
+        return self.combine(torch.stack(rows), ids) if rows else torch.zeros(len(images), device=images.device)
+
+    def combine(self, scores: Tensor, group_ids: Tensor | None = None) -> Tensor:
+        """Scores of the members in `used`, (K, N), to one reward or, where `gives` says so, advantage a sample, (N,).
+
+        Args:
+            scores: as `ScoreResult.shaped` holds them: filled in and transformed; of as many samples as `kind` needs.
+            group_ids: (N,) int64; None: all are one group.
+
+        Raises:
+            RewardError: scores that cannot be combined so, e.g. negative ones by their harmonic mean.
+        """
+        ids = torch.zeros(scores.shape[1:], dtype=torch.long) if group_ids is None else group_ids
+        labels, weights = [m.label for m in self.used], [m.weight for m in self.used]
+        if len(scores) != len(labels):
+            raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected ({len(labels)}, N) for {labels}")
+        try:
+            return self.combiner(scores, weights, labels, ids.to(scores.device))
+        except ValueError as error:
+            raise RewardError(self.name, f"{error} (rewards in order: {labels})") from error
+
+
+def _shaped_range(member: Member) -> tuple[float, float]:
+    low, high = member.reward.range
+    for transform in member.transform:
+        low, high = transform.bounds((low, high))
+    return low, high
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Scores of N images, float32 on the CPU, all finite."""
+    """Scores of N samples, float32 on the CPU, all finite: those of failed samples are filled in."""
 
-    total: Tensor  # (N,), the reward
-    parts: dict[str, Tensor]  # raw scores (N,) of each member by label; of a single reward, its own under its name
+    total: Tensor  # (N,), the reward; of a combination that needs all samples, as if these were all
+    parts: dict[str, Tensor]  # scores (N,) of each member by label; of a single reward, its own under its name
+    outputs: dict[str, RewardOutput]  # what each member said in full, on the CPU; NaN where it failed
+    shaped: Tensor  # (K, N): what `CombinedReward.combine` takes; of a single reward its scores, (1, N)
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """How many samples each member could not score, where any."""
+        counts = {label: int((~output.is_valid).sum()) for label, output in self.outputs.items()}
+        return {label: count for label, count in counts.items() if count}
 
 
-def score(reward: Callable, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> ScoreResult:
+def score(
+    reward: Callable,
+    images: Tensor,
+    prompts: Sequence[str],
+    context: Context | None = None,
+    on_fail: str = "group_mean",
+) -> ScoreResult:
     """Score images without gradient, checking what goes in and what comes out.
 
     Args:
         reward: a Reward, or a function of (images[, prompts[, context]]).
-        images: (N, 3, H, W), float in [0, 1], on any device.
+        images: (N, 3, H, W), or videos (N, F, 3, H, W), float in [0, 1], on any device.
         prompts: N strings.
         context: whatever else the reward needs, by name.
+        on_fail: what stands for samples that a reward could not score; see `fill_invalid`.
 
     Raises:
         ValueError: unusable images or prompts, before any reward is called.
-        RewardError: a reward raised, or gave the wrong shape, NaN or infinity; names the reward, sample and prompt.
+        RewardError: a reward raised, gave the wrong shape, NaN or infinity, or failed on all samples; names the reward,
+            and where it can, sample and prompt.
     """
-    check_images(images)
+    video = isinstance(images, Tensor) and images.ndim == 5
+    (check_videos if video else check_images)(images)
     check_prompts(images, prompts)
     check_pixels(images)
     prompts = list(prompts)
-    if not isinstance(reward, CombinedReward):
-        single = as_reward(reward)
-        scores = _checked_scores(single, single.name, images, prompts, context)
-        return ScoreResult(scores, {single.name: scores})
-    parts = {m.label: _checked_scores(m.reward, m.label, images, prompts, context) for m in reward.members}
-    total = torch.zeros(len(images))
-    for m in reward.members:
-        total = total + m.weight * parts[m.label]
-    _check_finite(total, reward.name, prompts)
-    return ScoreResult(total, parts)
+    combined = reward if isinstance(reward, CombinedReward) else None
+    single = as_reward(reward)
+    members = [Member(single.name, 1.0, single)] if combined is None else list(combined.members)
+    outputs = {m.label: _checked_output(m.reward, m.label, images, prompts, context) for m in members}
+    parts = {m.label: _filled(m, outputs[m.label], context, on_fail) for m in members}
+    if combined is None:
+        return ScoreResult(parts[single.name], parts, outputs, parts[single.name][None])
+    ids, everyone = (context or {}).get("group_ids"), torch.ones(len(images), dtype=torch.bool)
+    shaped = torch.zeros(len(combined.used), len(images))
+    for k, m in enumerate(combined.used):
+        shaped[k] = m.shaped(parts[m.label], outputs[m.label], ids)
+        _check_finite(shaped[k], everyone, m.label, prompts)
+    total = combined.combine(shaped, ids) if combined.used else torch.zeros(len(images))
+    _check_finite(total, everyone, combined.name, prompts)
+    return ScoreResult(total, parts, outputs, shaped)
 
 
-def _checked_scores(reward: Reward, label: str, images: Tensor, prompts: list[str], context: Context | None) -> Tensor:
+def _filled(member: Member, output: RewardOutput, context: Context | None, on_fail: str) -> Tensor:
+    ids = (context or {}).get("group_ids")
+    try:
+        return fill_invalid(output.scores, output.is_valid, ids, on_fail, member.reward.range)
+    except ValueError as error:
+        said = next((reason for reason in output.rationale or () if reason), None)
+        raise RewardError(member.label, f"{error}{f' (e.g. {said[:200]})' if said else ''}; {ADVICE}") from error
+
+
+def _checked_output(
+    reward: Reward, label: str, images: Tensor, prompts: list[str], context: Context | None
+) -> RewardOutput:
     missing = [need for need in reward.needs if need != "prompts" and need not in (context or {})]
     if missing:
         raise RewardError(label, f"got a context without {missing[0]!r}, expected {list(reward.needs)} with the images")
+    _check_context(context, label, len(prompts))
+    if reward.kind != "pointwise" and "group_ids" not in (context or {}):
+        context = {**(context or {}), "group_ids": torch.zeros(len(prompts), dtype=torch.long)}
+    media = getattr(reward, "media", "images")
+    if media != "both" and (images.ndim == 5) != (media == "videos"):
+        advice = "; give over_frames(reward)" if media == "images" else ""
+        raise RewardError(label, f"scores {media}, got {'videos' if images.ndim == 5 else 'images'}{advice}")
     try:
         with torch.no_grad():
-            scores = reward(images, prompts, context)
+            result = reward(images, prompts, context)
     except RewardError:
         raise
     except Exception as error:
-        sample = _failing_sample(reward, images, prompts) if context is None else None
+        alone = set(context or {}) <= {"group_ids"} and reward.kind == "pointwise"
+        sample = _failing_sample(reward, images, prompts) if alone else None
         summary = f"raised {type(error).__name__}: {str(error)[:300]}"
         if sample is None:
             summary += f" (on the batch of {len(prompts)}; no single sample is to blame: is the batch too large?)"
         prompt = prompts[0 if sample is None else sample]
         raise RewardError(label, f"{summary}; {ADVICE}", sample, prompt) from error
-    checked = as_scores(scores, label, prompts).detach().cpu()
-    _check_finite(checked, label, prompts)
-    return checked
+    output = _on_cpu(as_output(result, label, prompts))
+    _check_finite(output.scores, output.is_valid, label, prompts)
+    return output
 
 
-def _check_finite(scores: Tensor, label: str, prompts: list[str]) -> None:
-    bad = ~scores.isfinite()
+def _check_context(context: Context | None, label: str, count: int) -> None:
+    for name, value in (context or {}).items():
+        if name in ("references", "metadata", "group_ids") and len(value) != count:
+            raise RewardError(label, f"got {len(value)} {name} in the context, expected {count}, one per image")
+
+
+def _on_cpu(output: RewardOutput) -> RewardOutput:
+    valid = None if output.valid is None else output.valid.cpu()
+    scores = output.scores.detach().cpu()
+    return replace(
+        output,
+        scores=scores if valid is None else torch.where(valid, scores, math.nan),
+        criteria={key: value.detach().cpu() for key, value in output.criteria.items()},
+        valid=valid,
+        uncertainty=None if output.uncertainty is None else output.uncertainty.detach().cpu(),
+    )
+
+
+def _check_finite(scores: Tensor, valid: Tensor, label: str, prompts: list[str]) -> None:
+    bad = valid & ~scores.isfinite()
     if bad.any():
         n = int(bad.nonzero()[0])
         problem = f"got {scores[n].item()} ({int(bad.sum())} of {len(scores)} scores not finite), expected a number"

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,12 @@ from typing import Any
 from visalign.names import unknown_name
 
 from .base import Reward, as_reward, reward_factory, reward_names
+from .combine import Combine, check_members, read_combine
 from .scoring import CombinedReward, Member
+from .shaping import Transform, read_transforms
 
+# remote:URL[:WEIGHT]; a number straight after the host is the port
+REMOTE = re.compile(r"remote:(?P<url>https?://(\[[^]]*\]|[^:/\s]+)(:\d+(?![\d.]))?(/[^:\s]*)?)(:(?P<weight>[^:]+))?")
 RewardSpec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
@@ -29,6 +34,7 @@ class Term:
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""  # name in logs: the name, or the attribute; numbered where one comes twice
+    transform: tuple[Transform, ...] = ()  # of its scores, before they are combined
 
 
 def parse_spec(spec: RewardSpec, **options: Any) -> tuple[Term, ...]:
@@ -36,13 +42,26 @@ def parse_spec(spec: RewardSpec, **options: Any) -> tuple[Term, ...]:
 
     Args:
         spec: "clip", "my_module:attribute", "my_file.py:attribute", a weighted sum "clip:0.7+my_file.py:sharp:0.3",
-            a mapping {"name": ..., "weight": ..., further keys are options}, or a list of names and mappings.
-            A path with a "+" in it needs the mapping.
+            "remote:http://host:port" of a reward served elsewhere (with a weight: "remote:http://host:port:0.5"),
+            a mapping {"name": ..., "weight": ..., "transform": ..., further keys are options}, a list of names and
+            mappings, or {"rewards": such a list, "combine": one of COMBINERS, further keys are its options}.
+            "mix.yaml" is a file that holds any of these. A path with a "+" in it needs the mapping.
         options: of the reward, where the spec names only one.
 
     Raises:
         ValueError: an unknown name, file, module, attribute or option (with the nearest valid one), a bad weight.
     """
+    return _read_spec(spec, options)[0]
+
+
+def _read_spec(spec: RewardSpec, options: Mapping[str, Any]) -> tuple[tuple[Term, ...], Combine]:
+    spec = _read_yaml(spec) if isinstance(spec, str) and spec.endswith((".yaml", ".yml")) else spec
+    combine = Combine()
+    if isinstance(spec, Mapping) and "rewards" in spec:
+        combine = read_combine({key: value for key, value in spec.items() if key != "rewards"})
+        spec = spec["rewards"]
+    if not isinstance(spec, (str, Mapping, Sequence)):
+        raise ValueError(f"spec: got {spec!r}, expected a string, a mapping or a list of them")
     items = [spec] if isinstance(spec, (str, Mapping)) else list(spec)
     terms = [term for item in items for term in (_read_sum(item) if isinstance(item, str) else [_read_mapping(item)])]
     if not terms:
@@ -59,36 +78,63 @@ def parse_spec(spec: RewardSpec, **options: Any) -> tuple[Term, ...]:
         label = term.name.rpartition(":")[2]
         seen[label] = seen.get(label, 0) + 1
         terms[k] = replace(term, label=label if seen[label] == 1 else f"{label}_{seen[label]}")
-    return tuple(terms)
+    check_members(combine, [term.label for term in terms], [term.weight for term in terms])
+    return tuple(terms), combine
 
 
 def make_reward(spec: RewardSpec, **options: Any) -> Reward:
-    """Build the reward that `parse_spec(spec, **options)` describes; a sum, or a weight, gives a CombinedReward.
+    """Build the reward that `parse_spec(spec, **options)` describes.
+
+    Several rewards, a weight, a transform or a way to combine give a CombinedReward.
 
     A file's or module's attribute is the reward itself if it is a function whose first argument is `images`; any other
     callable, such as a class, is called with the options and gives the reward.
     """
-    terms = parse_spec(spec, **options)
-    members = [Member(term.label, term.weight, _make_term(term)) for term in terms]
-    if len(members) == 1 and members[0].weight == 1:
+    terms, combine = _read_spec(spec, options)
+    members = [Member(term.label, term.weight, _make_term(term), term.transform) for term in terms]
+    if len(members) == 1 and members[0].weight == 1 and not members[0].transform and combine == Combine():
         return members[0].reward
-    return CombinedReward(members)
+    return CombinedReward(members, combine)
+
+
+def _read_yaml(path: str) -> RewardSpec:
+    import yaml
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"spec: got {path!r}, but there is no such file (looked from {Path.cwd()})")
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"spec: {path!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _read_sum(text: str) -> list[Term]:
     terms = []
     for part in (part.strip() for part in text.split("+")):
+        if part.startswith("remote:"):
+            terms.append(_read_remote(part))
+            continue
         head, colon, tail = part.rpartition(":")
         weight = _number(tail) if colon else None
         terms.append(Term(part) if weight is None else Term(head, _checked_weight(weight)))
     return terms
 
 
+def _read_remote(text: str) -> Term:
+    match = REMOTE.fullmatch(text)
+    weight = _number(match["weight"] or "1") if match else None
+    if match is None or weight is None:
+        raise ValueError(f"spec: got {text!r}, expected 'remote:http://host:port' or 'remote:http://host:port:WEIGHT'")
+    return Term("remote", _checked_weight(weight), {"url": match["url"]})
+
+
 def _read_mapping(item: Mapping[str, Any]) -> Term:
     if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
         raise ValueError(f"spec: got {item!r}, expected a string or a mapping with 'name'")
-    options = {key: value for key, value in item.items() if key not in ("name", "weight")}
-    return Term(item["name"], _checked_weight(item.get("weight", 1.0)), options)
+    options = {key: value for key, value in item.items() if key not in ("name", "weight", "transform")}
+    transform = read_transforms(item.get("transform", ()))
+    return Term(item["name"], _checked_weight(item.get("weight", 1.0)), options, transform=transform)
 
 
 def _number(text: str) -> float | None:
@@ -180,8 +226,7 @@ def _make_term(term: Term) -> Reward:
     if not colon:
         return as_reward(reward_factory(term.name)(**term.options), term.label)
     try:
-        module = _import_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
-        found = getattr(module, attribute)
+        found = getattr(import_location(location), attribute)
     except Exception as error:
         raise ValueError(f"spec: could not import {term.name!r}: {type(error).__name__}: {error}") from error
     if not callable(found):
@@ -201,6 +246,11 @@ def _make_term(term: Term) -> Reward:
         )
     _check_options(term, found)
     return as_reward(found(**term.options), term.label)
+
+
+def import_location(location: str) -> ModuleType:
+    """The module, or the file "path/to/file.py", that stands before the colon of a spec."""
+    return _import_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -493,6 +493,10 @@ def test_the_documented_examples_work(tmp_path, scenes):
     torch.testing.assert_close(score(brightness, images, prompts).total, images.mean(dim=(1, 2, 3)))
     contrast = make_reward(f"{tmp_path}/my_models.py:Contrast", gain=2.0)
     torch.testing.assert_close(score(contrast, images, prompts).total, 2 * images.flatten(1).std(dim=1))
+    brightest, light = make_reward(f"{tmp_path}/my_ranks.py:Brightest"), images.flatten(1).mean(1)
+    assert brightest.kind == "groupwise"
+    ranks = score(brightest, images, prompts).total  # without group ids all are one group
+    torch.testing.assert_close(ranks[light.argsort()], torch.linspace(0, 1, len(images)))
     both = score(make_reward(f"gold:0.5+{tmp_path}/my_reward.py:brightness:-1"), images, prompts)
     torch.testing.assert_close(both.total, 0.5 - both.parts["brightness"])
 

@@ -10,6 +10,16 @@ from torch import Tensor
 TOLERANCE = 1e-3  # how far a pixel may lie outside [0, 1]: rounding of half-precision decoders
 
 
+def check_videos(videos: Tensor) -> None:
+    """Raise ValueError unless `videos` is a float tensor (N, F, 3, H, W) with N and F >= 1. Reads no value."""
+    if not isinstance(videos, Tensor) or videos.ndim != 5:
+        got = f"shape {tuple(videos.shape)}" if isinstance(videos, Tensor) else type(videos).__name__
+        raise ValueError(f"videos: got {got}, expected a float tensor (N, F, 3, H, W)")
+    if not videos.numel():
+        raise ValueError(f"videos: got shape {tuple(videos.shape)}, expected at least one frame of at least one pixel")
+    check_images(videos.flatten(0, 1))
+
+
 def check_images(images: Tensor) -> None:
     """Raise ValueError unless `images` is a float tensor (N, 3, H, W) with N >= 1. Reads no value, so it is free."""
     if not isinstance(images, Tensor):

@@ -5,13 +5,17 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MOST_NAMES = 20  # in one error
+
 
 def unknown_name(argument: str, got: str, valid: Iterable[str]) -> ValueError:
-    """The error to raise when `got` is not one of `valid`: it names the nearest valid name, then all of them."""
+    """The error to raise when `got` is not one of `valid`: it names the nearest, and all of them if they are few."""
     names = sorted(valid)
-    close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(got, names, n=6, cutoff=0.5)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return ValueError(f"{argument}: got {got!r}, expected one of {names}{hint}")
+    shown = names if len(names) <= MOST_NAMES else sorted(close or names[:6])
+    more = f" or {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return ValueError(f"{argument}: got {got!r}, expected one of {shown}{more}{hint}")
 
 
 def build(name: str, makers: Mapping[str, type], argument: str, **options: Any) -> Any:
