@@ -1,4 +1,4 @@
-"""CLIPScore (Hessel et al. 2021, arXiv:2104.08718): how well a picture fits its prompt, by any open_clip model."""
+"""CLIPScore (Hessel et al. 2021, arXiv:2104.08718): how well a picture fits its prompt, by any CLIP."""
 
 import json
 import math
@@ -11,7 +11,8 @@ from torch import Tensor
 from visalign.names import unknown_name
 
 from .base import Context, check_prompts, register_reward
-from .clip_encoder import SHIPPED, ClipEncoder, check_clip_options
+from .clip_encoder import SHIPPED
+from .hf_clip import check_encoder, load_encoder
 
 SCALES = ("cosine", "percent", "hessel", "logit")
 
@@ -25,7 +26,8 @@ class ClipReward:
     The first and last keep a gradient where the cosine is negative.
 
     The default model is the shapes world's own, shipped with this project (Apache-2.0) and of no use elsewhere. Others
-    come as ClipEncoder's options say, under their own licences (OpenAI's and LAION's: MIT).
+    come as the options of `load_encoder` say, in open_clip's or transformers' layout, under their own licences
+    (OpenAI's and LAION's: MIT). With OpenAI's ViT-B/32 this is CLIP-T.
     """
 
     name = "clip"
@@ -42,8 +44,8 @@ class ClipReward:
         dtype: str = "float32",
         download: bool = False,
     ) -> None:
-        self.preflight({"model": model, "pretrained": pretrained, "scale": scale, "dtype": dtype})
-        self.encoder = ClipEncoder(model, pretrained, device, dtype, download)
+        self.preflight({"model": model, "pretrained": pretrained, "scale": scale, "dtype": dtype, "download": download})
+        self.encoder = load_encoder(model, pretrained, device, dtype, download)
         self.scale = scale
         high = {"cosine": 1.0, "percent": 100.0, "hessel": 2.5, "logit": self.encoder.logit_scale}[scale]
         self._factor = high
@@ -56,7 +58,7 @@ class ClipReward:
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
         model, dtype = options.get("model", str(SHIPPED)), options.get("dtype", "float32")
-        check_clip_options(model, options.get("pretrained"), dtype)
+        check_encoder(model, options.get("pretrained"), dtype, options.get("download", False))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
         """images: (N, 3, H, W) in [0, 1]; prompts: N strings. Returns (N,), float32 on the model's device."""
@@ -122,7 +124,7 @@ def calibration(scale: float | None, midpoint: float | None, model: str) -> tupl
         stored = json.loads(file.read_text(encoding="utf-8")).get("match", {}) if file.is_file() else {}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"model: could not read {str(file)!r} as a JSON object: {error}") from error
-    found = {"scale": stored.get("scale") if scale is None else scale}
+    found: dict[str, Any] = {"scale": stored.get("scale") if scale is None else scale}
     found["midpoint"] = stored.get("midpoint") if midpoint is None else midpoint
     for name, value in found.items():
         if value is None:

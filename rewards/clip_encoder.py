@@ -19,19 +19,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def preprocess(
-    images: Tensor, size: int, mean: Sequence[float], std: Sequence[float], mode: str, resize: str
+    images: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mode: str,
+    resize: str,
+    crop: int | None = None,
+    round_down: bool = False,
 ) -> Tensor:
     """open_clip's evaluation transform on tensors, with gradient: torchvision's size and crop rules, no uint8 rounding.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
-        size: side of the square result.
+        size: side of the square result; with `crop`, of what it is cropped from.
         mean, std: per channel, subtracted and divided by at the end.
         mode: "bicubic" or "bilinear", antialiased.
         resize: "shortest" scales the shorter side to `size` and crops the centre, "squash" changes the aspect ratio.
+        crop: side of the result, where it is smaller than `size`.
+        round_down: the crop's offset, as transformers has it; torchvision rounds it to nearest.
 
     Returns:
-        (N, 3, size, size), float32.
+        (N, 3, size, size), or of side `crop`; float32.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
@@ -39,8 +48,9 @@ def preprocess(
     images = images.float()
     if to != [height, width]:
         images = F.interpolate(images, to, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (round((side - size) / 2) for side in to)
-    images = images[..., top : top + size, left : left + size]
+    crop = crop or size
+    top, left = ((side - crop) // 2 if round_down else round((side - crop) / 2) for side in to)
+    images = images[..., top : top + crop, left : left + crop]
     mean_, std_ = (images.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     return (images - mean_) / std_
 

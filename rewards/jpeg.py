@@ -45,6 +45,9 @@ class JpegCompressibility:
     kind = "pointwise"
     range = (-math.inf, 0.0)
     needs = ()
+    media = "images"
+    licence = "no weights"
+    source = "Black et al. 2023 (DDPO), arXiv:2305.13301, section 5.1"
 
     def __init__(self, unit_kb: float = 1.0) -> None:
         self.unit_kb = _checked_unit(unit_kb)
@@ -63,6 +66,9 @@ class JpegIncompressibility:
     kind = "pointwise"
     range = (0.0, math.inf)
     needs = ()
+    media = "images"
+    licence = "no weights"
+    source = "Black et al. 2023 (DDPO), arXiv:2305.13301, section 5.1"
 
     def __init__(self, unit_kb: float = 1.0) -> None:
         self.unit_kb = _checked_unit(unit_kb)
