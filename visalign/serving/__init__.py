@@ -1,0 +1,1 @@
+"""Rewards over HTTP: the server. Its client is the reward `remote`."""
