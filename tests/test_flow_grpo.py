@@ -11,12 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from visalign.rewards import make_reward
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training import preflight, setup
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.data import iteration_groups
 from visalign.training.run import Run, read_metrics
+from visalign.training.scoring import Scorer
 
 
 class Bench:
@@ -40,14 +42,14 @@ class Bench:
             self.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
         )
         with torch.no_grad():
-            batches = list(trainer.sample(step, groups))
+            batches = trainer.sample(step, groups)
         return batches, trainer.assign_advantages(batches)
 
     def recorded(self):
         """Fresh copies of the batches of an unmoved policy, with means; sampled once."""
         if not self._recorded:
             self._recorded, _ = self.sampled(self.trainer(ratio="guard"))
-        return [replace(b, advantages=b.advantages.clone(), rewards=b.rewards.clone()) for b in self._recorded]
+        return [replace(b, advantages=b.advantages.clone()) for b in self._recorded]
 
     def move(self, size=0.02, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -117,7 +119,7 @@ def test_before_the_first_update_every_ratio_is_exactly_1_and_the_loss_is_minus_
 def test_the_update_raises_the_likelihood_of_what_was_better(bench):
     trainer = bench.trainer(clip_range=10.0)
     batches, values = bench.sampled(trainer)
-    assert sum(len(b.rewards) for b in batches) == 6 and values["zero_std_groups"] == 0
+    assert sum(len(b.group_ids) for b in batches) == 6 and values["zero_std_groups"] == 0
     assert abs(sum(b.advantages.sum().item() for b in batches)) < 1e-4
     trainer.update(0, [batches])
     gain = []
@@ -214,13 +216,62 @@ def test_random_choice_of_trained_steps_changes_from_step_to_step_and_repeats(be
 def test_advantages_by_the_group_or_over_all(bench):
     batches = bench.recorded()
     for batch in batches:
-        batch.rewards = batch.rewards * torch.where(batch.group_ids == 0, 100.0, 1.0)
+        shaped = batch.scores.shaped * torch.where(batch.group_ids == 0, 100.0, 1.0)
+        batch.scores = replace(batch.scores, shaped=shaped)
     results = {}
     for std, clip in (("global", 5.0), ("group", 5.0), ("group", 0.5)):
         bench.trainer(advantage_std=std, max_advantage=clip).assign_advantages(batches)
         results[std, clip] = torch.cat([b.advantages for b in batches])
     assert (results["global", 5.0] - results["group", 5.0]).abs().max() > 0.1
     assert results["group", 0.5].abs().max() == 0.5 < results["group", 5.0].abs().max()
+
+
+def test_a_combination_that_needs_all_samples_gets_them_and_failures_get_no_advantage(bench):
+    """Members' scores of all batches are combined at once, however the batches were cut."""
+    reward = make_reward({"rewards": ["jpeg_compressibility", "gold"], "combine": "correlation"})
+    results = []
+    for size in (2, 6):
+        trainer = bench.trainer(batch_size=size)
+        trainer.parts = replace(bench.parts, scorer=Scorer(reward, torch.device("cpu")))
+        batches, values = bench.sampled(trainer)
+        assert len(batches) == 6 // size and {"reward_gold", "reward_jpeg_compressibility"} <= set(values)
+        results.append(torch.cat([b.advantages for b in batches]))
+        shaped = torch.cat([b.scores.shaped for b in batches], 1)
+        wanted = reward.combine(shaped.double(), torch.cat([b.group_ids for b in batches])).float()
+        torch.testing.assert_close(results[-1], wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+    batches[0].scores = replace(batches[0].scores, valid=torch.tensor([False] + [True] * 5))
+    assert trainer.assign_advantages(batches)["failed_scores"] == 1
+    assert batches[0].advantages[0] == 0 and torch.equal(batches[0].advantages[1:], results[-1][1:])
+
+
+def test_a_groupwise_reward_sees_whole_groups_whatever_the_batch_size(bench):
+    class Best:
+        """1 for the brightest of its group, 0 for the others."""
+
+        name, kind, differentiable, range, needs = "best", "groupwise", False, (0.0, 1.0), ()
+
+        def __call__(self, images, prompts, context=None):
+            light, ids = images.flatten(1).mean(1), context["group_ids"]
+            return torch.stack([(light[i] == light[ids == ids[i]].max()).float() for i in range(len(light))])
+
+    trainer = bench.trainer(batch_size=2)  # groups of three
+    trainer.parts = replace(bench.parts, scorer=Scorer(Best(), torch.device("cpu")))
+    batches, _ = bench.sampled(trainer)
+    rewards, ids = torch.cat([b.scores.shaped[0] for b in batches]), torch.cat([b.group_ids for b in batches])
+    assert [float(rewards[ids == k].sum()) for k in (0, 1)] == [1.0, 1.0]
+
+
+def test_scoring_in_threads_changes_nothing(bench):
+    results = []
+    for threads in (0, 2):
+        scorer = Scorer(make_reward("jpeg_compressibility+gold"), torch.device("cpu"), threads)
+        trainer = bench.trainer(batch_size=2)
+        trainer.parts = replace(bench.parts, scorer=scorer)
+        batches, values = bench.sampled(trainer)
+        results.append((torch.cat([b.advantages for b in batches]), values["reward_mean"]))
+        scorer.close()
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
 # Sampling --------------------------------------------------------------------------------------------------------

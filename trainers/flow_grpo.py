@@ -11,7 +11,7 @@ and step alone, so results do not depend on the number of processes.
 
 import math
 import time
-from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,9 @@ from visalign.training import options, outcome, preflight, setup
 from visalign.training.config import parse_config, save_config
 from visalign.training.data import Group, iteration_groups, share_of
 from visalign.training.evaluate import Evaluation, evaluate
-from visalign.training.run import Run
+from visalign.training.run import WATCH, Run
+from visalign.training.scoring import Scored
+from visalign.training.watching import roll_back, watch
 from visalign.transitions import make_transition, ode_of
 from visalign.windows import flash_post_steps, make_window, trained_steps
 
@@ -122,11 +124,11 @@ class Config(options.CommonConfig):
 
 @dataclass
 class Batch:
-    """A micro-batch: its samples' groups (N,), and after scoring the advantages (N,)."""
+    """A micro-batch: its samples' groups (N,), their scores when they are there, and then the advantages (N,)."""
 
     trajectory: Trajectory
     group_ids: Tensor
-    rewards: Tensor
+    scores: Scored | None = None
     advantages: Tensor | None = None
 
 
@@ -141,15 +143,22 @@ class FlowGRPO:
         if self.schedule.kind != "flow":
             raise ValueError(f"model: got a {self.schedule.kind} model, expected a flow-matching one for flow_grpo")
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
+        if parts.scorer.one_set and accelerator.num_processes > 1:
+            raise ValueError(
+                f"reward: got {cfg.reward!r}, which scores all samples as one set, on {accelerator.num_processes} "
+                "processes, expected 1"
+            )
+        self.waiting: list[tuple[list[Batch], Future[list[Scored]]]] = []  # for their scores
 
-    def sample(self, step: int, groups: list[Group]) -> Iterator[Batch]:
-        """Images of some groups, in micro-batches, with the stochastic steps on record."""
+    def sample(self, step: int, groups: list[Group]) -> list[Batch]:
+        """Images of some groups, in micro-batches, with the stochastic steps on record; handed on to the reward."""
         cfg = self.cfg
         steps = [i for i in self.window(step) if self.stds[i] > 0]
         early = cfg.window == "early"
         ratio = 0.4 if early and cfg.post_ratio is None else cfg.post_ratio
         post = None if ratio is None else flash_post_steps(cfg.num_steps, max(steps), ratio)
         samples = [(g, k) for g in groups for k in range(cfg.group_size)]
+        batches: list[Batch] = []
         for start in range(0, len(samples), cfg.batch_size):
             chosen = samples[start : start + cfg.batch_size]
             with self.run.stage("rollout"):
@@ -165,30 +174,57 @@ class FlowGRPO:
                     store_means=cfg.ratio == "guard",
                     grad_mode=cfg.compile,
                 )
-            assert trajectory.images is not None
-            with self.run.stage("score"):
-                rewards = self.parts.score(trajectory.images, trajectory.prompts)
-            yield Batch(trajectory, torch.tensor([g.index for g, _ in chosen]), rewards)
+            batches.append(Batch(trajectory, torch.tensor([g.index for g, _ in chosen])))
+            if not self.parts.scorer.whole:
+                self.score(batches[-1:])
+        if self.parts.scorer.whole:
+            self.score(batches)
+        return batches
+
+    def score(self, batches: list[Batch]) -> None:
+        """Hand batches to the reward; with threads, it works while sampling goes on."""
+        images = [b.trajectory.images for b in batches if b.trajectory.images is not None]
+        prompts = [prompt for b in batches for prompt in b.trajectory.prompts]
+        with self.run.stage("score"):
+            ids = torch.cat([b.group_ids for b in batches])
+            self.waiting.append((batches, self.parts.scorer.submit(images, prompts, ids)))
+
+    def collect(self) -> None:
+        """Wait for the scores of everything that was handed to the reward."""
+        with self.run.stage("score"):
+            for batches, future in self.waiting:
+                for batch, scores in zip(batches, future.result()):
+                    batch.scores = scores
+        self.waiting = []
 
     def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
         """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
-        cfg, device = self.cfg, self.accelerator.device
+        cfg, scorer, device = self.cfg, self.parts.scorer, self.accelerator.device
+        self.collect()
         ids = self.accelerator.gather(torch.cat([b.group_ids for b in batches]).to(device)).cpu()
-        rewards = self.accelerator.gather(torch.cat([b.rewards for b in batches]).double().to(device)).cpu()
+        rows = torch.cat([b.scores.rows for b in batches if b.scores is not None])
+        rows = self.accelerator.gather(rows.to(device)).cpu()
         order = torch.argsort(ids, stable=True)  # the same order of summation on any number of processes
-        advantages = torch.empty_like(rewards, dtype=torch.float32)
-        advantages[order] = group_advantages(rewards[order], ids[order], std=cfg.advantage_std)
-        advantages = clip_advantages(advantages, cfg.max_advantage)
+        parts, shaped = rows[order, : len(scorer.labels)].T, rows[order, len(scorer.labels) : -1].T
+        rewards, advantages = scorer.plain(shaped), torch.empty(len(ids))
+        combined = scorer.combine(shaped, ids[order])
+        if scorer.gives == "scores":
+            combined = group_advantages(combined, ids[order], std=cfg.advantage_std)
+        advantages[order] = clip_advantages(combined.float(), cfg.max_advantage) * rows[order, -1].float()  # 0: failed
         count = len(ids) // self.accelerator.num_processes
         mine = advantages[self.accelerator.process_index * count :][:count]
-        for batch, part in zip(batches, mine.split([len(b.rewards) for b in batches])):
+        for batch, part in zip(batches, mine.split([len(b.group_ids) for b in batches])):
             batch.advantages = part.to(batch.trajectory.final.device)
-        groups = group_statistics(rewards[order], ids[order])
+        groups = group_statistics(rewards, ids[order])
+        self.seen = ids, rewards[torch.argsort(order)]  # in the order of gathering: this process's, then the others'
+        named = {f"reward_{k}": v for k, v in zip(scorer.labels, parts.mean(1).tolist())} if len(parts) > 1 else {}
         return {
             "reward_mean": rewards.mean().item(),
             "reward_std_in_group": groups.stds.mean().item(),
             "zero_std_groups": groups.zero_std_fraction,
             "advantage_abs_mean": advantages.abs().mean().item(),
+            "failed_scores": int((rows[:, -1] == 0).sum()),
+            **named,
         }
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
@@ -278,8 +314,8 @@ class FlowGRPO:
                         for name, value in self.backward(batch, steps, 1 / (total * len(steps))).items():
                             sums[name] = sums.get(name, 0) + value
                     norms.append(self.parts.apply_gradients(self.accelerator, step))
-        names = ("ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative")
-        names += ("kl",) if self.cfg.kl_weight else ()
+        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
+        names += ["kl"] if self.cfg.kl_weight else []
         zero = torch.zeros((), device=self.accelerator.device)
         values = torch.stack([sums.get(n, zero).to(zero.device).float() for n in (*names, "count")])
         values = self.accelerator.reduce(values, "sum")
@@ -314,6 +350,7 @@ def main(cfg: Config) -> Path:
     try:
         train(cfg, plan, accelerator, parts, run)
     finally:
+        parts.scorer.close()
         run.close()
     accelerator.end_training()
     return plan.folder
@@ -340,9 +377,12 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
             shares = []
             for k in range(0, len(groups), share_size):
                 mine = share_of(groups[k : k + share_size], accelerator.process_index, accelerator.num_processes)
-                shares.append(list(trainer.sample(step, mine)))
+                shares.append(trainer.sample(step, mine))
             values = trainer.assign_advantages([batch for share in shares for batch in share])
             values |= trainer.update(step, shares)
+            drawn = [b.trajectory for share in shares for b in share]
+            shown = [(t.images, t.prompts) for t in drawn if t.images is not None]
+            values |= watch(run, parts, step + 1, shown, *trainer.seen, values.get("kl"))
             parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
             stop = setup.stopping(run, accelerator)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
@@ -351,16 +391,17 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
                 setup.keep_best(parts, evaluation)
             run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
             if step % max(1, cfg.steps // 10) == 0:
-                run.save_grid(f"step-{step + 1}.png", shares[0][0].trajectory.images[:16])
+                run.save_grid(f"step-{step + 1}.png", shown[0][0][:16])
             # After the log: what a kill in between leaves in it is dropped at resume, and written again.
             setup.checkpoint(run, cfg, parts, accelerator, last=stop or step + 1 == cfg.steps)
             run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
             if stop:
                 run.say(f"stopped after step {step + 1} of {cfg.steps}; go on with --resume {plan.folder}")
                 break
-        else:
-            after = trainer.evaluate(plan.eval_prompts)
-            outcome.finish(run, cfg, plan, parts, after)
+        if parts.step == cfg.steps or run.stopping == WATCH:
+            if run.stopping == WATCH and cfg.monitor == "rollback":
+                roll_back(run, parts)
+            outcome.finish(run, cfg, plan, parts, trainer.evaluate(plan.eval_prompts))
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from .attention import NAMES
 
 FREE_ON_RESUME = (
     *("steps", "resume", "run_dir", "save_every", "keep", "eval_every", "eval_during"),
+    *("score_threads", "monitor"),
     *("batch_size", "attention", "compile", "gradient_checkpointing", "release_text_encoders"),
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +36,8 @@ class CommonConfig:
     lora: str | None = None  # start from this LoRA folder
     # Reward
     reward: str = "clip_match"  # name, module:attribute, file.py:attribute, or a sum such as clip:0.7+aesthetic:0.3
+    score_threads: int | None = None  # batches scored while others are sampled; None: 4 remote, 1 on a GPU, else 0
+    monitor: Literal["off", "warn", "stop", "rollback"] = "warn"  # upon signs of reward hacking
     judges: str = "auto"  # rewards that are only watched, joined by commas; auto: gold where the world has one
     # Prompts
     prompts: str = "shapes"  # a text file, one prompt a line, or shapes
@@ -66,6 +69,10 @@ class CommonConfig:
         for name in ("lora_rank", "warmup_steps", "eval_every", "max_grad_norm", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
+        if self.score_threads is not None and self.score_threads < 0:
+            raise ValueError(f"score_threads: got {self.score_threads}, expected >= 0")
+        if self.monitor == "rollback" and not self.eval_every:
+            raise ValueError("monitor: got 'rollback' with eval_every 0, expected evaluations to find the best step by")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected within [0, 1)")
         if self.lora is not None and not self.lora_rank:

@@ -61,6 +61,7 @@ def finish(run: Run, cfg: CommonConfig, plan: Plan, parts: Parts, after: Evaluat
         "train_seconds": parts.train_seconds,
         "images_sampled": parts.images_sampled,
         "skipped_updates": parts.skipped,
+        "findings": sorted(parts.monitor.raised) if parts.monitor else [],
         "peak_memory_bytes": peak_memory(),
     }
     write_summary(run.folder, summary)

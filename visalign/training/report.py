@@ -20,6 +20,9 @@ CURVES = {
     "ratio and KL": ("approx_kl", "kl"),
     "clip fraction": ("clip_fraction",),
     "gradient norm": ("grad_norm",),
+    "watched, while sampling": ("monitor_watched_gold_strict", "monitor_watched_gold"),
+    "diversity in groups": ("monitor_diversity_vendi", "monitor_diversity_cosine"),
+    "pictures": ("monitor_saturation", "monitor_brightness", "monitor_high_frequency"),
     "seconds a step": ("seconds_rollout", "seconds_score", "seconds_train"),
 }
 
@@ -33,6 +36,8 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
     """report.html in one file: pictures and curves are inside it."""
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     rows = "".join(f"<tr><td>{_text(k)}<td>{_text(_short(v))}" for k, v in summary.items())
+    found = [f"step {line['step']}: {said}" for line in metrics for said in line.get("findings", [])]
+    findings = "".join(f"<li>{_text(line)}" for line in found) or "<li>none"
     samples = "".join(
         f"<figure><figcaption>{title}</figcaption><img alt='{title}' "
         f"src='{_embed(folder / 'samples' / name)}'></figure>"
@@ -49,6 +54,7 @@ img {{ max-width: 100% }}
 figcaption {{ font-weight: 600 }} pre {{ background: #f5f5f5; padding: 1em; overflow: auto }}</style>
 <h1>{_text(folder.name)}</h1><table>{rows}</table>
 <h2>Same prompts, same seeds</h2><div class="pictures">{samples}</div>
+<h2>What the hacking watch found</h2><ul>{findings}</ul>
 <h2>Curves</h2><img alt="training curves" src="{_curves(metrics)}">
 <h2>Configuration</h2><pre>{_text(config)}</pre></html>"""
     path = folder / "report.html"

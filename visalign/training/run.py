@@ -21,6 +21,8 @@ from torchvision.utils import make_grid, save_image
 
 from .checkpoint import checkpoints
 
+WATCH = "the hacking watch"  # in Run.stopping, where a signal's name stands else
+
 
 def check_writable(folder: Path, resume: bool, argument: str = "run_dir") -> None:
     """Refuse a folder that cannot be written, or that holds another run's checkpoints.
@@ -47,7 +49,7 @@ class Run:
     """The instruments of one process of a run; only the main process writes.
 
     Attributes:
-        stopping: the name of the signal that asked the run to stop, or None. A second Ctrl-C ends at once.
+        stopping: the name of the signal that asked the run to stop, or WATCH, or None. A second Ctrl-C ends at once.
     """
 
     def __init__(self, folder: Path, *, main: bool, total: int, done: int = 0):

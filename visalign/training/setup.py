@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,16 +10,19 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from visalign.generator import Generator
-from visalign.rewards import make_reward, score
+from visalign.rewards import make_reward
 
 from . import checkpoint as ckpt
 from .attention import set_attention
 from .evaluate import Evaluation
+from .hacking import MonitorOptions
+from .monitor import Monitor
 from .optimization import apply_gradients, learning_rate
 from .options import DTYPES, CommonConfig, alpha_of
 from .policy import Average, Policy, check_same_names, load_lora
 from .preflight import Plan
-from .run import Run
+from .run import WATCH, Run
+from .scoring import Scorer
 
 
 @dataclass
@@ -31,12 +33,13 @@ class Parts:
     policy: Policy
     average: Average
     optimizer: torch.optim.Optimizer
-    score: Callable[[Tensor, list[str]], Tensor]
+    scorer: Scorer
     judges: dict[str, Callable[[Tensor, list[str]], Tensor]]
     learning_rate: Callable[[int], float]
     attention: str
     max_grad_norm: float
     digest: str
+    monitor: Monitor | None = None
     step: int = 0
     skipped: int = 0
     train_seconds: float = 0.0
@@ -95,32 +98,21 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         policy,
         Average(policy, cfg.ema_decay),
         optimizer,
-        _scorer(cfg.reward, accelerator),
+        Scorer(make_reward(cfg.reward), accelerator.device, cfg.score_threads),
         {},
         lambda step: learning_rate(step, cfg.steps, cfg.learning_rate, cfg.warmup_steps, cfg.schedule),
         attention,
         cfg.max_grad_norm,
         plan.digest,
+        None if cfg.monitor == "off" else Monitor(MonitorOptions(action=cfg.monitor)),
     )
-    parts.judges = {"reward": parts.score}
+    parts.judges = {"reward": parts.scorer.evaluate}
     for column, spec in plan.judges.items():
         options = {"strict": True} if column == "gold_strict" else {}
-        parts.judges[column] = _scorer(spec, accelerator, **options)
+        parts.judges[column] = Scorer(make_reward(spec, **options), accelerator.device, 0).evaluate
     if plan.resume is not None:
         restore(plan.resume, parts)
     return parts
-
-
-def _scorer(spec: str, accelerator: Accelerator, **options: Any) -> Callable[[Tensor, list[str]], Tensor]:
-    reward = make_reward(spec, **options)
-    if hasattr(reward, "to"):
-        reward.to(accelerator.device)
-
-    def scores(images: Tensor, prompts: list[str]) -> Tensor:
-        with torch.no_grad():
-            return score(reward, images, prompts).total
-
-    return scores
 
 
 def restore(path: Path, parts: Parts) -> None:
@@ -137,6 +129,8 @@ def restore(path: Path, parts: Parts) -> None:
     parts.step, parts.skipped = state["step"], state["skipped"]
     parts.train_seconds, parts.images_sampled = state["train_seconds"], state["images_sampled"]
     parts.best = tuple(state["best"]) if state["best"] else None
+    if parts.monitor is not None and state.get("monitor"):
+        parts.monitor.load_state_dict(state["monitor"])
     before = {k: v.double() for k, v in tensors.get("before", {}).items()}
     parts.before = Evaluation(state["before_prompts"], before) if before else None
 
@@ -167,6 +161,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                     "images_sampled": parts.images_sampled,
                     "best": parts.best,
                     "ema_updates": parts.average.updates,
+                    "monitor": parts.monitor.state_dict() if parts.monitor else None,
                     "before_prompts": parts.before.prompts if parts.before else [],
                 },
             )
@@ -176,16 +171,22 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
 
 
 def keep_best(parts: Parts, evaluation: Evaluation) -> None:
-    """Remember the step with the highest held-out reward, whose checkpoint is then kept."""
-    value = evaluation.mean("reward")
+    """Remember the step that held-out prompts speak for, whose checkpoint is then kept.
+
+    By the first judge that is only watched, for it is not what the policy may learn to deceive; else by the reward.
+    """
+    value = evaluation.mean(next((name for name in evaluation.scores if name != "reward"), "reward"))
     if parts.best is None or value > parts.best[0]:
         parts.best = (value, parts.step)
 
 
 def stopping(run: Run, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop; the same answer on all."""
-    flags = accelerator.gather(torch.tensor([run.stopping is not None], device=accelerator.device))
-    return bool(flags.any())
+    """Whether any process was asked to stop: the same answer, and if by the hacking watch, WATCH, on all."""
+    mine = 0 if run.stopping is None else 2 if run.stopping == WATCH else 1
+    said = int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
+    if said == 2:
+        run.stopping = WATCH
+    return bool(said)
 
 
 def same_on_all(folder: Path) -> Path:

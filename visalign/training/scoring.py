@@ -1,0 +1,187 @@
+"""Scoring while sampling goes on: rewards are asked in threads, and a batch's scores fetched when they are needed."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from visalign.aggregate import weighted_sum
+from visalign.rewards import CombinedReward, Reward, RewardError, score
+
+T = TypeVar("T")
+
+
+class AsyncScorer(Generic[T]):
+    """Calls a scoring function in threads. What it gives is what it gives when called directly, batch by batch.
+
+    With one thread, which is the default and right for a model that runs here, batches are scored in the order in which
+    they were submitted, so even a reward that counts its calls gives the same. More threads are for rewards behind a
+    server, which answer each batch by itself. A reward that draws from torch's global generator is the exception: it
+    would share it with the sampling.
+
+        with AsyncScorer(scores, "pickscore") as scorer:
+            futures = [scorer.submit(images, prompts) for images, prompts in sampled()]
+            rewards = torch.cat([future.result() for future in futures])
+
+    Pictures must not be changed after they are submitted. A failure stands in its batch's future, and is raised at the
+    next `submit` too, so that nobody goes on sampling for nothing; it is a RewardError that names the reward.
+
+    Args:
+        function: (images, prompts, context) to the scores, or whatever is wanted of them.
+        name: of the reward, for messages.
+        threads: batches scored at a time.
+        pending: batches that may wait or be scored before `submit` waits in turn: they hold pictures in memory.
+        stop: called by `close`, to end calls that wait for something, e.g. `RemoteReward.close`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Sequence[str], Any], T],
+        name: str,
+        threads: int = 1,
+        pending: int = 4,
+        stop: Callable[[], None] | None = None,
+    ) -> None:
+        for argument, value, low in (("threads", threads, 1), ("pending", pending, threads)):
+            if value < low:
+                raise ValueError(f"{argument}: got {value}, expected >= {low}")
+        self.name = name
+        self._function, self._stop = function, stop
+        self._room = threading.Semaphore(pending)
+        self._failure: RewardError | None = None
+        self._closed = False
+        # Sums on the CPU depend on the number of threads, which a new thread does not inherit.
+        count = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(threads, f"score {name}", lambda: torch.set_num_threads(count))
+
+    def submit(self, images: Any, prompts: Sequence[str], context: Any = None) -> "Future[T]":
+        """Begin to score a batch; the result is in the future, computed without gradient.
+
+        Raises:
+            RewardError: an earlier batch failed.
+            ValueError: the scorer is closed.
+        """
+        self._room.acquire()
+        try:
+            if self._closed:
+                raise ValueError(f"scorer of {self.name!r}: got a batch after it was closed")
+            if self._failure is not None:
+                raise self._failure
+            future = self._pool.submit(self._score, images, list(prompts), context)
+        except BaseException:
+            self._room.release()
+            raise
+        future.add_done_callback(lambda _: self._room.release())  # also when it is cancelled
+        return future
+
+    def close(self) -> None:
+        """Drop the batches that wait, and wait for those being scored. Doing it twice is no error."""
+        self._closed = True
+        if self._stop is not None:
+            self._stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "AsyncScorer[T]":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _score(self, images: Any, prompts: list[str], context: Any) -> T:
+        if self._failure is not None:  # submitted before it was known
+            raise self._failure
+        try:
+            with torch.no_grad():
+                return self._function(images, prompts, context)
+        except RewardError as error:
+            self._failure = error
+            raise
+        except Exception as error:
+            self._failure = RewardError(self.name, f"raised {type(error).__name__}: {error}")
+            raise self._failure from error
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward made of N samples, to be joined with those of other batches and processes before it is combined."""
+
+    parts: Tensor  # (P, N): raw scores of the reward's members, in the order of `Scorer.labels`
+    shaped: Tensor  # (K, N): what `Scorer.combine` takes
+    valid: Tensor  # (N,) bool: no member failed on the sample
+
+    @property
+    def rows(self) -> Tensor:
+        """(N, P + K + 1), float64: all of it in one tensor, to be gathered."""
+        return torch.cat([self.parts.double(), self.shaped.double(), self.valid.double()[None]]).T
+
+
+class Scorer:
+    """A training's reward: asked batch by batch, or in threads while the next batch is sampled; combined at the end.
+
+    Args:
+        threads: batches scored at a time while others are sampled; 0 scores between them. None: 4 behind a server, 1 on
+            a GPU, else 0, for a CPU has nothing to spare.
+
+    Attributes:
+        whole: it compares the samples of a group, and must be given each group whole.
+    """
+
+    def __init__(self, reward: Reward, device: torch.device, threads: int | None = None) -> None:
+        if hasattr(reward, "to"):
+            reward.to(device)
+        self.reward = reward
+        members = reward.members if isinstance(reward, CombinedReward) else ()
+        self.labels = tuple(m.label for m in members) or (reward.name,)
+        self.whole = any(r.kind != "pointwise" for r in ([m.reward for m in members] or [reward]))
+        self.one_set = any(r.kind == "setwise" for r in ([m.reward for m in members] or [reward]))
+        self.gives = getattr(reward, "gives", "scores")
+        if threads is None:
+            far = any(getattr(r, "remote", False) for r in ([m.reward for m in members] or [reward]))
+            threads = 4 if far else int(device.type == "cuda")
+        close = getattr(reward, "close", None)
+        self._threads = AsyncScorer(self._score, reward.name, threads, threads + 3, close) if threads else None
+
+    def submit(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> "Future[list[Scored]]":
+        """Score some batches together; the result holds one entry for each. Errors are the future's, or raised at once.
+
+        Raises:
+            RewardError: this, or an earlier batch could not be scored.
+        """
+        if self._threads is not None:
+            return self._threads.submit(images, prompts, group_ids)
+        future: Future[list[Scored]] = Future()
+        future.set_result(self._score(images, prompts, group_ids))
+        return future
+
+    def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scored]:
+        context = {"group_ids": group_ids} if self.whole else None
+        result = score(self.reward, torch.cat(list(images)), prompts, context)
+        valid = torch.stack([output.is_valid for output in result.outputs.values()]).all(0)
+        parts = torch.stack([result.parts[label] for label in self.labels])
+        sizes = [len(batch) for batch in images]
+        cut = zip(parts.split(sizes, 1), result.shaped.split(sizes, 1), valid.split(sizes))
+        return [Scored(*pieces) for pieces in cut]
+
+    def combine(self, shaped: Tensor, group_ids: Tensor) -> Tensor:
+        """(K, N) of all samples of an iteration to (N,): rewards or, where `gives` says so, advantages."""
+        return self.reward.combine(shaped, group_ids) if isinstance(self.reward, CombinedReward) else shaped[0]
+
+    def plain(self, shaped: Tensor) -> Tensor:
+        """(K, N) to (N,): the reward as a number that means something for one sample by itself, to watch."""
+        if self.gives == "scores" or not isinstance(self.reward, CombinedReward):
+            return self.combine(shaped, torch.arange(shaped.shape[1]))
+        return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
+
+    def evaluate(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(N,) of pictures of different prompts."""
+        with torch.no_grad():
+            context = {"group_ids": torch.arange(len(prompts))} if self.whole else None
+            return self.plain(score(self.reward, images, prompts, context).shaped)
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.close()

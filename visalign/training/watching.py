@@ -1,0 +1,59 @@
+"""The hacking watch at work in a training: what it is shown, what it says, what is then done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import setup
+from .monitor import first_groups
+from .run import WATCH, Run
+
+
+def watch(
+    run: Run,
+    parts: setup.Parts,
+    step: int,
+    batches: Sequence[tuple[Tensor, Sequence[str]]],
+    group_ids: Tensor,
+    rewards: Tensor,
+    kl: float | None,
+) -> dict[str, Any]:
+    """Show the monitor an iteration; tell and log what it finds, and ask the run to stop where its action says so.
+
+    Args:
+        batches: images and prompts of this process, the main one; only the first groups are looked at and judged.
+        group_ids, rewards: (N,) of all processes, this one's first.
+
+    Returns:
+        What to log.
+    """
+    monitor = parts.monitor
+    if monitor is None or not run.main:
+        return {}
+    with run.stage("watch"):
+        images = torch.cat([images for images, _ in batches])
+        prompts = [prompt for _, told in batches for prompt in told]
+        rows = first_groups(group_ids[: len(images)], monitor.options.pictures).nonzero().flatten().tolist()
+        judges = {name: judge for name, judge in parts.judges.items() if name != "reward"}
+        watched = {name: judge(images[rows], [prompts[r] for r in rows]) for name, judge in judges.items()}
+        found = monitor.update(step, images, group_ids, rewards, watched, kl)
+    for finding in found:
+        run.say(f"step {step}: {finding}")
+    if monitor.action(found) in ("stop", "rollback"):
+        run.stopping = run.stopping or WATCH
+    values: dict[str, Any] = {f"monitor_{name}": value for name, value in monitor.latest.items()}
+    return values | ({"findings": [str(finding) for finding in found]} if found else {})
+
+
+def roll_back(run: Run, parts: setup.Parts) -> None:
+    """Put back the best checkpoint so far, if there is one; what was spent since stays counted."""
+    if parts.best is None:
+        return run.say("there is no evaluation before the alarm to go back to; the last weights are kept")
+    spent, monitor = (parts.train_seconds, parts.images_sampled, parts.best), parts.monitor
+    parts.monitor = None  # it keeps what it found
+    setup.restore(Path(run.folder, "checkpoints", f"step-{parts.best[1]}"), parts)
+    (parts.train_seconds, parts.images_sampled, parts.best), parts.monitor = spent, monitor
+    run.say(f"went back to step {parts.step}, the best on held-out prompts")
