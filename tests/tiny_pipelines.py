@@ -373,7 +373,8 @@ def make(name: str, seed: int = 0) -> Any:
 def _fill(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.ndim >= 2:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
+            output = 0.2 if name == "proj_out.weight" else 1.0  # velocities of a real one's size, so that 1e-5 is small
+            parameter.normal_(std=output * parameter[0].numel() ** -0.5)
         elif "bias" in name:
             parameter.normal_(std=0.02)
 

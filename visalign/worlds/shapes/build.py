@@ -12,10 +12,13 @@ from . import WEIGHTS
 from .build_clip import train_clip
 from .build_flow import train_flow
 from .build_vae import train_vae
+from .build_vlm import train_vlm
 
 
 def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = None) -> None:
-    """Train "vae", "clip" or "flow" into `folder`; "flow" uses the shipped autoencoder, or `folder`/vae if it is there.
+    """Train "vae", "clip", "flow" or "vlm" into `folder`.
+
+    "flow" uses the shipped autoencoder, or `folder`/vae if it is there.
 
     Raises:
         ValueError: an unknown part.
@@ -31,5 +34,7 @@ def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = N
         own = folder / "vae"
         vae = AutoencoderKL.from_pretrained(own if own.is_dir() else WEIGHTS / "flow" / "vae")
         train_flow(vae.float().eval().requires_grad_(False), folder / "flow", **chosen)
+    elif part == "vlm":
+        train_vlm(folder / "vlm", **chosen)
     else:
-        raise ValueError(f"part: got {part!r}, expected 'vae', 'clip' or 'flow'")
+        raise ValueError(f"part: got {part!r}, expected 'vae', 'clip', 'flow' or 'vlm'")

@@ -54,11 +54,11 @@ class Lesson:
     spoilt: Tensor
 
 
-def make_lesson(pairs: int, rng: np.random.Generator) -> Lesson:
-    """Draw `pairs` training meanings, each with a near miss, and what spoils them."""
+def make_lesson(pairs: int, rng: np.random.Generator, split: str = "train") -> Lesson:
+    """Draw `pairs` meanings of a split, each with a near miss (a training meaning), and what spoils them."""
     specs = []
     for _ in range(pairs):
-        specs.append(sample_spec(rng))
+        specs.append(sample_spec(rng, split))
         specs.append(train_miss(specs[-1], rng))
     placed = [place(s, rng) for s in specs]
     pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, len(placed), 256)])

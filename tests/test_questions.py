@@ -1,0 +1,110 @@
+"""Questions whose answers are known: they agree with the judge, and the small model's inputs with its processor's."""
+
+import numpy as np
+import pytest
+import torch
+
+from visalign.images import images_to_pil
+from visalign.worlds.shapes.build_vlm import (
+    batch_of,
+    conversation,
+    make_processor,
+    make_vlm,
+    merge_order,
+    patches,
+    turns,
+)
+from visalign.worlds.shapes.captions import parse
+from visalign.worlds.shapes.judge import judge
+from visalign.worlds.shapes.lessons import make_lesson
+from visalign.worlds.shapes.questions import DESCRIBE, Question, ask, match_question, relation_question
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return make_lesson(40, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+def test_match_questions_are_answered_as_the_strict_judge_does(lesson):
+    rng = np.random.default_rng(1)
+    images, differ = lesson.pictures.float() / 255, 0
+    for k, spec in enumerate(lesson.specs):
+        for said in (spec, lesson.specs[k ^ 1]):
+            question = match_question(spec, said, rng)
+            differ += judge(images[k], said).strict != (question.answer == "Yes")
+    assert differ <= 2  # a picture drawn for "left of" may also stand "above", by the judge's margin
+
+
+def test_questions_about_objects_counts_and_relations_are_true_of_the_picture(lesson):
+    rng, kinds = np.random.default_rng(2), set()
+    for k, spec in enumerate(lesson.specs * 10):
+        question = ask(spec, lesson.specs[k % 80 ^ 1], rng)
+        kinds.add(question.kind)
+        have = {(c, s): n for c, s, n in spec.groups}
+        words = question.text.removesuffix(" in the picture?").split()
+        if question.kind == "object":
+            assert ((words[-2], words[-1]) in have) == (question.answer == "Yes")
+        if question.kind == "count":
+            number = {"one": 1, "two": 2, "three": 3, "four": 4}[words[3]]
+            assert (have[words[4], words[5].removesuffix("s")] == number) == (question.answer == "Yes")
+        if question.kind == "describe":
+            assert question.text == DESCRIBE and parse(question.answer).groups == spec.groups
+    assert kinds == {"match", "object", "shape", "colour", "count", "relation", "describe"}
+
+
+def test_a_relation_question_says_yes_to_the_relation_and_no_to_its_opposite(lesson):
+    rng = np.random.default_rng(3)
+    spec = next(s for s in lesson.specs if s.relation == "left of")
+    (c0, s0, _), (c1, s1, _) = spec.groups
+    texts = {(q.text, q.answer) for q in (relation_question(spec, rng) for _ in range(50))}
+    assert texts == {
+        (f"Is the {c0} {s0} left of the {c1} {s1}?", "Yes"),
+        (f"Is the {c1} {s1} right of the {c0} {s0}?", "Yes"),
+        (f"Is the {c0} {s0} right of the {c1} {s1}?", "No"),
+        (f"Is the {c1} {s1} left of the {c0} {s0}?", "No"),
+    }
+
+
+def test_patches_are_those_of_the_processor_and_labels_follow_their_order(lesson, processor):
+    images = lesson.pictures[:3].float() / 255
+    theirs = processor.image_processor(images_to_pil(images), return_tensors="pt")
+    assert theirs["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
+    torch.testing.assert_close(patches(images * 2 - 1), theirs["pixel_values"], atol=1e-5, rtol=0)
+    places = torch.arange(64).view(1, 64)  # a picture whose patches hold their own number
+    numbered = (places.view(1, 1, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)).expand(1, 3, 64, 64).float()
+    assert torch.equal(patches(numbered)[:, 0].long(), merge_order(places)[0])
+
+
+def test_a_conversation_is_the_chat_templates_and_only_answers_are_taught(processor):
+    ids, labels = conversation(processor, [Question("match", "What?", "Yes"), Question("match", "And?", "No")], 1)
+    turns_ = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "Yes"},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        {"role": "assistant", "content": "No"},
+    ]
+    text = processor.apply_chat_template(turns_, tokenize=False).replace("<|image_pad|>", "<|image_pad|>" * 16)
+    assert ids == processor.tokenizer(text)["input_ids"]
+    taught = processor.tokenizer.decode([i for i, label in zip(ids, labels) if label != -100])
+    assert taught == "Yes<|im_end|>No<|im_end|>"
+
+
+def test_answers_do_not_depend_on_what_shares_the_batch(lesson, processor):
+    torch.manual_seed(0)
+    model, rng = make_vlm(processor, width=64, layers=2).eval(), np.random.default_rng(4)
+    asked, shown, counts = turns(lesson, list(range(12)), rng)
+    pixels = patches(lesson.pictures[[max(k, 0) for k in shown]].float() / 127.5 - 1)
+    grids = torch.tensor([[1, 8, 8]] * len(shown))
+    with torch.no_grad():
+        inputs, labels = batch_of(processor, asked, counts)
+        together = model(**inputs, pixel_values=pixels, image_grid_thw=grids).logits
+        inputs, alone_labels = batch_of(processor, asked[:1], counts[:1])
+        alone = model(**inputs, pixel_values=pixels[: 64 * counts[0]], image_grid_thw=grids[: counts[0]]).logits
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(labels[0, :length], alone_labels[0])
+    torch.testing.assert_close(together[0, :length], alone[0], atol=1e-4, rtol=1e-4)
