@@ -1,4 +1,4 @@
-"""The `visalign` command: train, generate, score, world, doctor. Heavy imports sit in the command that needs them."""
+"""The `visalign` command: train, generate, score, serve, world, doctor. Heavy imports sit in the command using them."""
 
 import argparse
 import importlib
@@ -43,6 +43,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--prompt", required=True)
     score.add_argument("--reward", default="clip", help="name, file.py:function, or a sum such as clip:0.7+gold:0.3")
     score.set_defaults(run=_score)
+    serve = commands.add_parser("serve", help="serve a reward over HTTP, for the reward remote:http://HOST:PORT")
+    serve.add_argument("--reward", default="clip", help="as for score")
+    serve.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward; repeatable")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; others than loopback need a token")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument("--token", help="that clients must send; better in VISALIGN_TOKEN, which other users cannot see")
+    serve.add_argument("--max-bytes", type=int, default=256 * 2**20, help="largest request")
+    serve.add_argument("--max-batch", type=int, default=64, help="pictures of several requests scored together")
+    serve.set_defaults(run=_serve)
+    rewards = commands.add_parser("rewards", help="what rewards there are, and what one of them is")
+    rewards.add_argument("action", choices=("list", "show"))
+    rewards.add_argument("name", nargs="?", help="for show")
+    rewards.set_defaults(run=_rewards)
     world = commands.add_parser("world", help="the offline world: pictures, prompts, and building its models anew")
     world.add_argument("action", choices=("show", "prompts", "card", "build"))
     world.add_argument("part", nargs="?", choices=("vae", "clip", "flow"), help="for build: which model")
@@ -133,6 +146,49 @@ def _score(arguments: argparse.Namespace) -> None:
             result = score(reward, image[None], [arguments.prompt])
         parts = "  ".join(f"{name} {float(values[0]):.4f}" for name, values in result.parts.items())
         print(f"{path}  {float(result.total[0]):.4f}" + (f"  ({parts})" if len(result.parts) > 1 else ""))
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    import json
+    import os
+
+    from visalign.rewards import make_reward, parse_spec
+
+    try:
+        from visalign.serving.server import Limits, make_app, open_socket, serve
+    except ImportError as error:
+        raise ValueError(f"{error}; the server needs the packages of pip install 'visalign[remote]'") from None
+    options = dict(_read_option(text) for text in arguments.option)
+    limits = Limits(max_bytes=arguments.max_bytes, max_batch=arguments.max_batch)
+    token = arguments.token or os.environ.get("VISALIGN_TOKEN") or None
+    parse_spec(arguments.reward, **options)
+    with open_socket(arguments.host, arguments.port, token) as listening:
+        reward = make_reward(arguments.reward, **options)
+        spec = f"{arguments.reward} {json.dumps(options, sort_keys=True)}" if options else arguments.reward
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"serving {arguments.reward} at http://{host}:{listening.getsockname()[1]}", flush=True)
+        serve(make_app(reward, spec, token, limits), listening)
+
+
+def _read_option(text: str) -> tuple[str, object]:
+    """NAME=VALUE; the value as JSON where it is that (numbers, true, null, lists), else as it stands."""
+    import json
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"option: got {text!r}, expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _rewards(arguments: argparse.Namespace) -> None:
+    from visalign.rewards.describe import card, table
+
+    if (arguments.action == "show") != (arguments.name is not None):
+        raise ValueError("rewards: 'show' takes the name of a reward, 'list' takes none")
+    print("\n".join(table() if arguments.action == "list" else card(arguments.name)))
 
 
 def _world(arguments: argparse.Namespace) -> None:
