@@ -190,3 +190,13 @@ def test_another_run_in_the_folder_is_not_overwritten(options, unbroken):
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
         main(config(options, unbroken))
     assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_reward_file_that_has_changed_is_refused_at_resume(options, tmp_path):
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("rewards: [jpeg_compressibility, gold]\n")
+    more = {**options, "reward": str(mix), "steps": 1}
+    folder = main(Config(**more, run_dir=str(tmp_path / "run")))
+    mix.write_text("rewards: [jpeg_compressibility, 'gold:0.5']\n")
+    with pytest.raises(ValueError, match="^reward: .*mix.yaml' has changed since the run that is resumed"):
+        main(Config(**{**more, "steps": 2}, resume=str(folder)))

@@ -22,7 +22,7 @@ from .run import check_writable
 
 @dataclass
 class Plan:
-    """What the checks before loading found. `digest` is of the prompts: a resumed run must have the same."""
+    """What the checks before loading found. A resumed run must have the same digests."""
 
     model: str
     folder: Path
@@ -31,7 +31,8 @@ class Plan:
     judges: dict[str, str]  # column: spec
     resume: Path | None = None
     warnings: list[str] = field(default_factory=list)
-    digest: str = ""
+    digest: str = ""  # of the prompts
+    reward_digest: str = ""  # of the reward's YAML file, where it is one
 
 
 def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
@@ -50,14 +51,22 @@ def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
     warnings = []
     if shared := overlap(prompts, held_out):
         warnings.append(f"{len(shared)} of {len(held_out)} evaluation prompts also stand in the training set")
-    digest = hashlib.blake2b("\n".join([*prompts, "", *held_out]).encode(), digest_size=8).hexdigest()
+    digest = _digest("\n".join([*prompts, "", *held_out]).encode())
+    reward_digest = _digest(Path(cfg.reward).read_bytes()) if cfg.reward.endswith((".yaml", ".yml")) else ""
     if cfg.lora:
         check_lora_fits(Path(cfg.lora), Path(model), cfg.lora_rank, alpha_of(cfg))
     judges = judge_specs(cfg, held_out)
     if resume is not None:
-        check_same_run(cfg, digest, resume, ckpt.load_checkpoint(resume)[1])
+        state = ckpt.load_checkpoint(resume)[1]
+        check_same_run(cfg, digest, resume, state)
+        if state.get("reward_file", "") != reward_digest:
+            raise ValueError(f"reward: {cfg.reward!r} has changed since the run that is resumed ({resume})")
     check_writable(folder, resume is not None)
-    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest)
+    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest, reward_digest)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def check_same_run(cfg: CommonConfig, digest: str, path: Path, state: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ class Parts:
     attention: str
     max_grad_norm: float
     digest: str
+    reward_digest: str
     monitor: Monitor | None = None
     step: int = 0
     skipped: int = 0
@@ -104,6 +105,7 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         attention,
         cfg.max_grad_norm,
         plan.digest,
+        plan.reward_digest,
         None if cfg.monitor == "off" else Monitor(MonitorOptions(action=cfg.monitor)),
     )
     parts.judges = {"reward": parts.scorer.evaluate}
@@ -155,6 +157,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                 {
                     "config": asdict(cfg),
                     "prompts": parts.digest,
+                    "reward_file": parts.reward_digest,
                     "base": parts.policy.base_digest,
                     "skipped": parts.skipped,
                     "train_seconds": parts.train_seconds,
