@@ -73,3 +73,17 @@ def test_both_halves_move_by_the_rate_given_and_nothing_is_left_out_or_taken_twi
 def test_the_rate_rises_linearly_and_falls_along_a_cosine():
     assert warmup_cosine(49, 100, 0.1) == pytest.approx(0.5)
     assert warmup_cosine(1000, 100, 0.5) == pytest.approx(0.51) and warmup_cosine(1000, 100, 1.0) == pytest.approx(0.01)
+
+
+def test_momentum_is_an_average_that_looks_ahead():
+    torch.manual_seed(0)
+    p, first, second = nn.Parameter(torch.zeros(64, 64)), torch.randn(64, 64), torch.randn(64, 64)
+    optimizer = Muon([p], lr=1e-2, momentum=0.9, weight_decay=0.0)
+    for grad in (first, second):
+        p.grad = grad.clone()
+        optimizer.step()
+    average = 0.1 * first
+    moved = orthogonalise((0.1 * first + 0.9 * average)[None])[0]
+    average = 0.9 * average + 0.1 * second
+    moved = moved + orthogonalise((0.1 * second + 0.9 * average)[None])[0]
+    torch.testing.assert_close(p.detach(), -0.2 * 64**0.5 * 1e-2 * moved, atol=1e-5, rtol=1e-3)

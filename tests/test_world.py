@@ -271,3 +271,10 @@ def test_every_word_of_the_grammar_is_one_token_and_every_caption_fits():
     assert end == max(tokenizer.get_vocab().values())
     other = tokenizer("a photo of Zürich").input_ids
     assert tokenizer.unk_token_id not in other[1:-1] or tokenizer.unk_token_id == end
+
+
+def test_a_relation_must_be_the_main_direction_not_a_little_of_it():
+    objects = (Placed("red", "circle", 22.0, 14.0, 11.0), Placed("blue", "square", 30.0, 48.0, 11.0))
+    picture = draw([Scene(objects)])[0]
+    assert judge(picture, "a red circle above a blue square").strict
+    assert not judge(picture, "a red circle left of a blue square").criteria["relation"]
