@@ -140,8 +140,7 @@ class FlowGRPO:
         self.transition = make_transition(cfg.sampler, eta=cfg.eta)
         self.window = cfg.make_window()
         self.schedule = parts.generator.schedule
-        if self.schedule.kind != "flow":
-            raise ValueError(f"model: got a {self.schedule.kind} model, expected a flow-matching one for flow_grpo")
+        preflight.check_kind(cfg.model, self.schedule.kind, ["flow"])
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
         if parts.scorer.one_set and accelerator.num_processes > 1:
             raise ValueError(
@@ -342,6 +341,7 @@ class FlowGRPO:
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
     plan = preflight.make_plan(cfg, "flow_grpo")
+    preflight.check_kind(cfg.model, preflight.kind_of_folder(plan.model), ["flow"])
     accelerator = Accelerator()
     preflight.check_shares(cfg.prompts_per_step // cfg.updates_per_step, accelerator)
     plan.folder = setup.same_on_all(plan.folder)

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAINERS = {"flow_grpo": "GRPO for flow-matching models (the default)"}
+TRAINERS = {
+    "flow_grpo": "GRPO for flow-matching models (the default)",
+    "ddpo": "DDPO, RLCM and TexForce for diffusion and consistency models",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,7 +93,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from visalign.rollout import rollout
     from visalign.training.policy import check_lora_fits
     from visalign.training.run import check_writable
-    from visalign.transitions import ode_of
+    from visalign.transitions import sampler_of
     from visalign.worlds import resolve_model
 
     _check_count(arguments)
@@ -112,7 +115,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     for prompt in arguments.prompt:
         seeds = [arguments.seed + k for k in range(arguments.count)]
         with torch.no_grad():
-            images = rollout(generator, [prompt] * len(seeds), seeds, ode_of(generator.schedule), sde_steps=[]).images
+            sampler = sampler_of(generator.schedule)
+            noisy: list[int] | None = None if sampler.stochastic else []
+            images = rollout(generator, [prompt] * len(seeds), seeds, sampler, sde_steps=noisy).images
         assert images is not None
         for seed, image in zip(seeds, images_to_pil(images)):
             path = arguments.out / f"{number:04d}-seed{seed}.png"

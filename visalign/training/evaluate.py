@@ -67,7 +67,7 @@ def evaluate(
     processes: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Evaluation:
-    """One image a prompt, without noise in the steps, scored by every judge.
+    """One image a prompt, scored by every judge. A stochastic transition draws its noise from the prompt's seed.
 
     Prompt k always gets the same seed. Each process takes the prompts k = process, process + processes, ...; `gather`
     joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
@@ -79,7 +79,7 @@ def evaluate(
         rows = mine[start : start + batch_size]
         texts = [prompts[k] for k in rows]
         seeds = [derived_seed(seed, 4, k) for k in rows]
-        drawn = rollout(generator, texts, seeds, transition, sde_steps=[]).images
+        drawn = rollout(generator, texts, seeds, transition, sde_steps=None if transition.stochastic else []).images
         assert drawn is not None
         for name, judge in judges.items():
             scores[name].append(judge(drawn, texts).double().cpu())

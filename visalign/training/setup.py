@@ -1,8 +1,9 @@
 """The parts of a training run: built from the plan, put back from a checkpoint, saved to one."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,7 @@ class Parts:
     images_sampled: int = 0
     best: tuple[float, int] | None = None
     before: Evaluation | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # what a trainer itself carries from step to step, as JSON
 
     def apply_gradients(self, accelerator: Accelerator, step: int) -> float:
         """One optimiser update and one of the average, unless a gradient is not finite; returns the gradient norm."""
@@ -74,6 +76,8 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         guidance_scale=cfg.guidance_scale,
         **sizes,
     )
+    if getattr(generator.pipeline, "safety_checker", None) is not None:
+        generator.pipeline.safety_checker = None  # it paints pictures black, and a reward must see what was drawn
     generator.noise(plan.prompts[:1], [0])  # learns which modules denoise, and refuses a pipeline that does not fit
     attention = set_attention(generator.denoiser, cfg.attention)
     policy = Policy(
@@ -83,11 +87,12 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         cfg.lora_targets,
         cfg.gradient_checkpointing,
         cfg.seed,
+        getattr(cfg, "policy", "denoiser"),
     )
     if cfg.lora:
         load_lora(policy, Path(cfg.lora))
     if cfg.compile:
-        policy.module.compile_repeated_blocks(fullgraph=False)
+        cast(Any, generator.denoiser).compile_repeated_blocks(fullgraph=False)
     if cfg.release_text_encoders:
         texts = list(dict.fromkeys([*plan.prompts, *plan.eval_prompts]))
         for start in range(0, len(texts), cfg.batch_size):
@@ -133,6 +138,7 @@ def restore(path: Path, parts: Parts) -> None:
     parts.best = tuple(state["best"]) if state["best"] else None
     if parts.monitor is not None and state.get("monitor"):
         parts.monitor.load_state_dict(state["monitor"])
+    parts.extra = state.get("extra", {})
     before = {k: v.double() for k, v in tensors.get("before", {}).items()}
     parts.before = Evaluation(state["before_prompts"], before) if before else None
 
@@ -165,6 +171,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                     "best": parts.best,
                     "ema_updates": parts.average.updates,
                     "monitor": parts.monitor.state_dict() if parts.monitor else None,
+                    "extra": parts.extra,
                     "before_prompts": parts.before.prompts if parts.before else [],
                 },
             )
