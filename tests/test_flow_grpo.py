@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from visalign.rewards import make_reward
+from visalign.rewards import CombinedReward, Member, RewardOutput, as_reward, make_reward
+from visalign.rewards.combine import Combine
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training import preflight, setup
@@ -243,6 +244,21 @@ def test_a_combination_that_needs_all_samples_gets_them_and_failures_get_no_adva
     batches[0].scores = replace(batches[0].scores, valid=torch.tensor([False] + [True] * 5))
     assert trainer.assign_advantages(batches)["failed_scores"] == 1
     assert batches[0].advantages[0] == 0 and torch.equal(batches[0].advantages[1:], results[-1][1:])
+
+
+def test_a_failing_reward_takes_the_samples_advantage_only_if_it_counts(bench):
+    def fails_on_the_first(images):
+        return RewardOutput(images.flatten(1).std(1), valid=torch.arange(len(images)) > 0)
+
+    for weight, gates, valid in ((0.0, {}, True), (0.0, {"picky": -1.0}, False), (1.0, {}, False)):
+        members = [Member("jpeg", 1.0, make_reward("jpeg_compressibility"))]
+        members.append(Member("picky", weight, as_reward(fails_on_the_first, "picky")))
+        combine = Combine("gated", {"gates": gates}) if gates else Combine()
+        trainer = bench.trainer(batch_size=6)
+        trainer.parts = replace(bench.parts, scorer=Scorer(CombinedReward(members, combine), torch.device("cpu")))
+        (batch,), values = bench.sampled(trainer)
+        assert (values["failed_scores"] == 0) == (batch.advantages[0] != 0) == valid
+        assert batch.advantages[1:].all()
 
 
 def test_a_groupwise_reward_sees_whole_groups_whatever_the_batch_size(bench):

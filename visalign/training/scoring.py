@@ -111,7 +111,7 @@ class Scored:
 
     parts: Tensor  # (P, N): raw scores of the reward's members, in the order of `Scorer.labels`
     shaped: Tensor  # (K, N): what `Scorer.combine` takes
-    valid: Tensor  # (N,) bool: no member failed on the sample
+    valid: Tensor  # (N,) bool: no member that counts, `CombinedReward.used`, failed on the sample
 
     @property
     def rows(self) -> Tensor:
@@ -136,6 +136,7 @@ class Scorer:
         self.reward = reward
         members = reward.members if isinstance(reward, CombinedReward) else ()
         self.labels = tuple(m.label for m in members) or (reward.name,)
+        self._used = tuple(m.label for m in reward.used) if isinstance(reward, CombinedReward) else self.labels
         self.whole = any(r.kind != "pointwise" for r in ([m.reward for m in members] or [reward]))
         self.one_set = any(r.kind == "setwise" for r in ([m.reward for m in members] or [reward]))
         self.gives = getattr(reward, "gives", "scores")
@@ -160,7 +161,9 @@ class Scorer:
     def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scored]:
         context = {"group_ids": group_ids} if self.whole else None
         result = score(self.reward, torch.cat(list(images)), prompts, context)
-        valid = torch.stack([output.is_valid for output in result.outputs.values()]).all(0)
+        valid = torch.ones(len(prompts), dtype=torch.bool)
+        for label in self._used:  # a member that is only reported may fail
+            valid &= result.outputs[label].is_valid
         parts = torch.stack([result.parts[label] for label in self.labels])
         sizes = [len(batch) for batch in images]
         cut = zip(parts.split(sizes, 1), result.shaped.split(sizes, 1), valid.split(sizes))
