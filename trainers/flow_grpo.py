@@ -207,10 +207,11 @@ class FlowGRPO:
         order = torch.argsort(ids, stable=True)  # the same order of summation on any number of processes
         parts, shaped = rows[order, : len(scorer.labels)].T, rows[order, len(scorer.labels) : -1].T
         rewards, advantages = scorer.plain(shaped), torch.empty(len(ids))
-        combined = scorer.combine(shaped, ids[order])
         if scorer.gives == "scores":
-            combined = group_advantages(combined, ids[order], std=cfg.advantage_std)
-        advantages[order] = clip_advantages(combined.float(), cfg.max_advantage) * rows[order, -1].float()  # 0: failed
+            relative = group_advantages(rewards, ids[order], std=cfg.advantage_std)
+        else:
+            relative = scorer.combine(shaped, ids[order])
+        advantages[order] = clip_advantages(relative.float(), cfg.max_advantage) * rows[order, -1].float()  # 0: failed
         count = len(ids) // self.accelerator.num_processes
         mine = advantages[self.accelerator.process_index * count :][:count]
         for batch, part in zip(batches, mine.split([len(b.group_ids) for b in batches])):

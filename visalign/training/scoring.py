@@ -174,7 +174,10 @@ class Scorer:
         return self.reward.combine(shaped, group_ids) if isinstance(self.reward, CombinedReward) else shaped[0]
 
     def plain(self, shaped: Tensor) -> Tensor:
-        """(K, N) to (N,): the reward as a number that means something for one sample by itself, to watch."""
+        """(K, N) to (N,): the reward as a number that means something for one sample by itself.
+
+        Where `gives` says "scores" that is what `combine` gives, whatever the groups; else the plain weighted sum.
+        """
         if self.gives == "scores" or not isinstance(self.reward, CombinedReward):
             return self.combine(shaped, torch.arange(shaped.shape[1]))
         return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
