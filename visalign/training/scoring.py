@@ -125,15 +125,22 @@ class Scorer:
     Args:
         threads: batches scored at a time while others are sampled; 0 scores between them. None: 4 behind a server, 1 on
             a GPU, else 0, for a CPU has nothing to spare.
+        context: what the prompt set knows of its prompts, handed to the reward with each batch.
 
     Attributes:
         whole: it compares the samples of a group, and must be given each group whole.
     """
 
-    def __init__(self, reward: Reward, device: torch.device, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        device: torch.device,
+        threads: int | None = None,
+        context: Callable[[Sequence[str]], dict[str, Any]] = lambda prompts: {},
+    ) -> None:
         if hasattr(reward, "to"):
             reward.to(device)
-        self.reward = reward
+        self.reward, self.context = reward, context
         members = reward.members if isinstance(reward, CombinedReward) else ()
         self.labels = tuple(m.label for m in members) or (reward.name,)
         self._used = tuple(m.label for m in reward.used) if isinstance(reward, CombinedReward) else self.labels
@@ -159,7 +166,7 @@ class Scorer:
         return future
 
     def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scored]:
-        context = {"group_ids": group_ids} if self.whole else None
+        context = self.context(prompts) | ({"group_ids": group_ids} if self.whole else {})
         result = score(self.reward, torch.cat(list(images)), prompts, context)
         valid = torch.ones(len(prompts), dtype=torch.bool)
         for label in self._used:  # a member that is only reported may fail
@@ -185,7 +192,7 @@ class Scorer:
     def evaluate(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) of pictures of different prompts."""
         with torch.no_grad():
-            context = {"group_ids": torch.arange(len(prompts))} if self.whole else None
+            context = self.context(prompts) | ({"group_ids": torch.arange(len(prompts))} if self.whole else {})
             return self.plain(score(self.reward, images, prompts, context).shaped)
 
     def close(self) -> None:
