@@ -49,7 +49,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         ValueError: a line that is no such object, a picture that is not there or cannot be read, or one prompt with
             two different contexts; names the line.
     """
-    entries, known = [], {}
+    entries: list[Any] = []
+    known: dict[str, Any] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue

@@ -52,7 +52,8 @@ def train_vlm(
     aside = AsideLosses(model, processor).to(device)
     lesson = make_lesson(pairs, rng)
     optimizer = MuonAndAdamW(model, aside.parameters(), betas=(0.9, 0.98))
-    started, recent = time.monotonic(), {}
+    started = time.monotonic()
+    recent: dict[str, float] = {}
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - started) / seconds)
         if progress >= 1:

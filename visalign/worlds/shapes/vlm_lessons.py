@@ -91,6 +91,8 @@ class AsideLosses(nn.Module):
         self.count = nn.Linear(width, 5)
         self.side = nn.Linear(width, len(RELATIONS))
         self.seen: dict[str, Tensor] = {}
+        self.colour: Tensor
+        self.shape: Tensor
         self.embeddings = [model.get_input_embeddings().weight]  # in a list: not a parameter of this module
         model.model.visual.blocks[-1].register_forward_hook(self.keep("patches"))
         model.model.visual.merger.register_forward_hook(self.keep("merged"))
