@@ -1,7 +1,7 @@
 """What training on a reward does to the truth: Flow-GRPO on the shapes world with each of some rewards, as one table.
 
     python benchmarks/reward_runs.py --steps 60 clip_match trainers/recipes/rewards/shapes_*.yaml
-    python benchmarks/reward_runs.py --steps 100 clip_match jpeg_compressibility       # the hacking watch
+    python benchmarks/reward_runs.py --steps 40 --learning_rate 1e-4 --eval_every 4 jpeg_compressibility clip_match
 
 Every run starts from the same model, prompts and seed; evaluations are on the same held-out prompts. The strict gold
 judge is never trained on. "At the alarm" is its mean at the first evaluation at or after the watch's first alarm, which
@@ -26,6 +26,7 @@ def train(reward: str, folder: Path, arguments: argparse.Namespace) -> None:
     command = [sys.executable, str(TRAINER), "--reward", reward, "--run_dir", str(folder)]
     command += ["--steps", str(arguments.steps), "--seed", str(arguments.seed), "--eval_during", str(arguments.prompts)]
     command += ["--eval_count", str(arguments.prompts), "--eval_every", str(arguments.eval_every)]
+    command += ["--learning_rate", str(arguments.learning_rate)]
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
         command = [*command[:2], "--resume", str(folder)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
@@ -67,12 +68,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of each evaluation")
     parser.add_argument("--eval_every", type=int, default=10)
+    parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/rewards"))
     arguments = parser.parse_args()
     rows = []
     for reward in arguments.rewards:
-        folder = arguments.out / f"{Path(reward).stem}-{arguments.steps}-{arguments.seed}"
+        folder = arguments.out / f"{Path(reward).stem}-{arguments.learning_rate}-{arguments.steps}-{arguments.seed}"
         if not (folder / "summary.json").is_file():
             train(reward, folder, arguments)
         rows.append(row_of(reward, folder))

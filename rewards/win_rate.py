@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_videos
+from visalign.images import check_images, check_videos, is_video
 from visalign.names import unknown_name
 
 from .base import Context, Reward, RewardError, as_reward, as_scores, check_prompts, register_reward
@@ -53,14 +53,12 @@ def make_judge(judge: "str | Mapping[str, Any] | Callable") -> PairJudge:
 
 
 class ScoreJudge:
-    """Judges by the difference of a pointwise reward's scores, as log-odds; the order of showing means nothing to it."""
+    """Judges by the difference of a pointwise reward's scores, as log-odds; the order shown means nothing to it."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
 
-    def __call__(
-        self, first: Tensor, second: Tensor, prompts: Sequence[str], context: Context | None = None
-    ) -> Tensor:
+    def __call__(self, first: Tensor, second: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
         return self.scores(first, prompts, context) - self.scores(second, prompts, context)
 
     def scores(self, images: Tensor, prompts: Sequence[str], context: Context | None) -> Tensor:
@@ -146,7 +144,7 @@ class WinRate:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1]. Returns (N,), float32 on the CPU."""
-        (check_videos if images.ndim == 5 else check_images)(images)
+        (check_videos if is_video(images) else check_images)(images)
         check_prompts(images, prompts)
         pool, pairs = self._pairs(images, prompts, context or {})
         scores = self._scores(pool, pairs, prompts, context) if isinstance(self.judge, ScoreJudge) else None
