@@ -49,6 +49,7 @@ def given(folders, world_files):
         width=32,
         guidance_scale=4.0,
         num_steps=3,
+        timestep_fraction=1.0,
         steps=2,
         prompts_per_step=2,
         group_size=2,
@@ -356,7 +357,6 @@ def test_inner_epochs_and_updates_per_step_make_that_many_updates(benches):
 
 
 MISTAKES = [
-    (dict(model=""), "^model: got none, expected a diffusers folder"),
     (dict(eta=0.0), "^eta: got 0.0"),
     (dict(num_steps=1), "^num_steps: got 1, expected >= 2"),
     (dict(timestep_fraction=0.0), "^timestep_fraction: got 0.0"),

@@ -1,5 +1,6 @@
 """Policy gradients for diffusion and consistency models: DDPO, RLCM and TexForce, as flags of one loop.
 
+    accelerate launch trainers/ddpo.py                     # offline: the shapes world's diffusion model
     accelerate launch trainers/ddpo.py --config trainers/recipes/ddpo_sd15.yaml --reward my_reward.py:score
 
 DDPO with importance sampling (Black et al. 2023, arXiv:2305.13301) on DDIM(eta) steps, RLCM (Oertell et al. 2024,
@@ -51,14 +52,14 @@ KINDS = ("diffusion", "consistency")
 class Config(options.CommonConfig):
     """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
 
-    model: str = ""  # a diffusers folder, or a hub id, of a diffusion or consistency model
+    model: str = "shapes-diffusion"  # a shipped model, a diffusers folder, or a hub id; no flow-matching model
     policy: Literal["denoiser", "text", "both"] = "denoiser"  # what is trained; text: LoRA on the text encoders
     # Sampling
-    num_steps: int = 50  # denoising steps of a training image; 4 to 16 for consistency models
+    num_steps: int = 10  # denoising steps of a training image; 4 to 16 for consistency models
     eta: float = 1.0  # share of the noise that each step draws afresh; 1: DDPM's, or the usual consistency sampler's
-    prompts_per_step: int = 64
-    group_size: int = 1  # images a prompt; rebel pairs them
-    timestep_fraction: float = 1.0  # share of the stochastic steps trained
+    prompts_per_step: int = 8
+    group_size: int = 16  # images a prompt; rebel pairs them
+    timestep_fraction: float = 0.3  # share of the stochastic steps trained
     timestep_choice: Literal["random", "first"] = "random"  # which ones, anew in every iteration
     # Objective
     objective: Literal["ppo", "rebel"] = "ppo"
@@ -74,10 +75,6 @@ class Config(options.CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise ValueError(
-                "model: got none, expected a diffusers folder or hub id of a diffusion or consistency model"
-            )
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta: got {self.eta}, expected within (0, 1] (no noise leaves no log-probability)")
         if self.num_steps < 2:
