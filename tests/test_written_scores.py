@@ -656,7 +656,6 @@ BAD_OPTIONS = [
     ("editscore", {"num_pass": 0}, "num_pass: got 0, expected a whole number of at least 1"),
     ("editscore", {"reduction": "mean"}, "reduction: got 'mean', expected one of"),
     ("editscore", {"temperature": -1}, "temperature: got -1, expected a number of at least 0"),
-    ("videoscore2", {"template": TEMPLATE}, "url: got None, expected an endpoint that takes videos"),
     ("videoscore2", {}, "template: got None, expected the model's own question .*vs2_inference.py"),
     ("videoscore2", {"template": "x"}, "without '{prompt}'"),
     ("videoscore2", {"template": "no/such/file.txt"}, "got no file at 'no/such/file.txt'"),

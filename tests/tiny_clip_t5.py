@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny_hf import WIDTH, randomise, save_hf_clip
+from tiny_hf import PATCH, SIDE, WIDTH, clip_processor_settings, randomise, save_processor
 from torch import nn
 
 D_MODEL, SPARE = 24, 12  # SPARE: rows of the head past the tokenizer's last token, as Flan-T5 has 28
@@ -16,7 +16,7 @@ SENTENCES += ['Does this figure show "a green star"? Please answer yes or no.', 
 
 
 def save_spiece(folder: Path) -> int:
-    """T5's tokenizer files: spiece.model, learned from a few words, and its settings. Returns how many tokens it has."""
+    """T5's tokenizer files: spiece.model, learned from a few words, and its settings. Returns its number of tokens."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -39,6 +39,17 @@ def save_spiece(folder: Path) -> int:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size() + len(extra)
 
 
+def save_tower(folder: Path, seed: int) -> None:
+    """A whole CLIPModel with its image settings, as OpenAI's repository has it; no tokenizer, as none is read."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = sizes | {"image_size": SIDE, "patch_size": PATCH}
+    model = CLIPModel(CLIPConfig(text_config=sizes | {"vocab_size": 10}, vision_config=vision))
+    randomise(model, seed).save_pretrained(folder)
+    save_processor(folder, **clip_processor_settings())
+
+
 def save_clip_t5(folder: Path, kind: str = "pytorch_model.bin", seed: int = 0) -> SimpleNamespace:
     """The checkpoint in `folder`, its vision tower's repository in `folder`/tower.
 
@@ -50,7 +61,7 @@ def save_clip_t5(folder: Path, kind: str = "pytorch_model.bin", seed: int = 0) -
     from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_hf_clip(folder / "tower", seed)
+    save_tower(folder / "tower", seed)
     vision = CLIPVisionModel.from_pretrained(folder / "tower").eval()
     if "without tower" not in kind:
         randomise(vision, seed + 1)
