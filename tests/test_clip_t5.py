@@ -11,7 +11,7 @@ from tiny_clip_t5 import D_MODEL, SPARE, published_state, save_clip_t5, save_sta
 from torch import Tensor
 
 from visalign.images import images_to_pil
-from visalign.rewards import make_reward
+from visalign.rewards import clip_t5, make_reward
 from visalign.rewards.clip_t5 import pad_to_square
 from visalign.rewards.spec import parse_spec
 
@@ -45,7 +45,9 @@ def square(picture: Tensor, mean: list[float]) -> Image.Image:
     return whole
 
 
-def direct(saved: SimpleNamespace, picture: Tensor, question: str, answer: str = "Yes", system: str = SYSTEM) -> Tensor:
+def direct(
+    saved: SimpleNamespace, picture: Tensor, question: str, answer: str = "Yes", system: str = SYSTEM, limit: int = 2048
+) -> Tensor:
     """Log-probabilities of the answer's tokens and the end token: no batch, no mask, each part called by itself."""
     from transformers import CLIPImageProcessor
 
@@ -57,7 +59,7 @@ def direct(saved: SimpleNamespace, picture: Tensor, question: str, answer: str =
     with torch.no_grad():
         patches = vision.encoder.layers[0](vision.pre_layrnorm(vision.embeddings(pixels)), None)  # of two layers
         patches = saved.projector((patches[0] if isinstance(patches, tuple) else patches)[:, 1:])
-        ids = [*first, -200, *last][:2048]
+        ids = [*first, -200, *last][:limit]  # -200 is the picture
         words = [t5.shared(torch.tensor([ids[: len(first)]])), t5.shared(torch.tensor([ids[len(first) + 1 :]]))]
         states = t5.encoder(inputs_embeds=torch.cat([words[0], patches, words[1]], dim=1)).last_hidden_state
         shifted = torch.tensor([[0, *labels[:-1]]])
@@ -87,7 +89,8 @@ def test_the_score_is_the_geometric_mean_over_the_answer_and_its_end(saved):
     no = [direct(saved, x, asked(p), "No") for x, p in zip(images, PROMPTS)]
     assert len(yes[0]) > len(no[0]) > 1
     found = make_reward("vqascore", **options)(images, PROMPTS).scores
-    torch.testing.assert_close(found, torch.stack([row.prod() ** (1 / len(row)) for row in map(torch.exp, yes)]))
+    expected = torch.stack([row.prod() ** (1 / len(row)) for row in map(torch.exp, yes)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     odds = make_reward("vqascore", output="log_odds", **options)(images, PROMPTS).scores
     expected = torch.stack([a.sum() - b.sum() for a, b in zip(yes, no)])
     torch.testing.assert_close(odds, expected, rtol=1e-5, atol=2e-5)
@@ -102,13 +105,14 @@ def test_batches_score_as_singles(saved, reward, monkeypatch):
     torch.testing.assert_close(reward(images, prompts).scores.log(), alone.log(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_long_conversation_is_cut_where_the_published_code_cuts_it(saved, reward):
-    long = "a red circle " * 900
+def test_a_long_conversation_is_cut_as_the_published_code_cuts_it(saved, reward, monkeypatch):
+    assert clip_t5.CONTEXT == 2048
+    monkeypatch.setattr(clip_t5, "CONTEXT", 100)
+    long = "a red circle " * 20
     found = reward(pictures(1), [long]).scores.log()
-    expected = direct(saved, pictures(1)[0], asked(long)).mean()
+    expected = direct(saved, pictures(1)[0], asked(long), limit=100).mean()
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
-    even_longer = reward(pictures(1), [long + "and a star"]).scores.log()
-    torch.testing.assert_close(even_longer, found)
+    torch.testing.assert_close(reward(pictures(1), [long + "and a star"]).scores.log(), found)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 9), (8, 32), (31, 32)])
@@ -154,10 +158,10 @@ def test_gradients_reach_the_pictures_and_agree_with_finite_differences(reward):
     images = (0.2 + 0.6 * pictures(seed=3)).requires_grad_()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS).scores.log().sum(), images)
     assert reward.differentiable and all((own.norm() > 1e-3) for own in gradient)
-    step = gradient / gradient.norm() * 1e-2
+    step = gradient / gradient.norm() * 1e-3
     with torch.no_grad():
         ahead, behind = (reward(images + sign * step, PROMPTS).scores.log().sum() for sign in (1, -1))
-    torch.testing.assert_close((ahead - behind) / 2e-2, gradient.norm(), rtol=0.05, atol=0)
+    torch.testing.assert_close((ahead - behind) / 2e-3, gradient.norm(), rtol=0.05, atol=0)
     assert all(weight.grad is None and not weight.requires_grad for weight in reward.clip_t5.model.parameters())
 
 

@@ -15,7 +15,7 @@ from visalign.rewards.judging import RETRY_SEED_STEP, UPSTREAM, ask, fill, load_
 from visalign.rewards.ordinal import expected_rating, probability_better, rating_variance, tie_mass
 from visalign.rewards.parsing import Unreadable
 from visalign.rewards.rational_rewards import rational_score, read_aspects, refined_prompt
-from visalign.rewards.unifiedreward import read_dimensions, read_final_score, read_rank, read_shares, read_think
+from visalign.rewards.unifiedreward_answers import read_dimensions, read_final_score, read_rank, read_shares, read_think
 from visalign.rewards.videoscore2 import expected_mark, published_mark
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
