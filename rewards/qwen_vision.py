@@ -48,7 +48,7 @@ class QwenVision:
     def grid(self, picture: Picture) -> tuple[int, int, int]:
         """Steps in time, rows and columns of patches."""
         frames = len(picture.pixels) if picture.is_video else 1
-        return self._cutter(picture).grid(*picture.pixels.shape[-2:], frames)
+        return self._cutter(picture).grid(*picture.pixels.shape[-2:], frames=frames)
 
     def with_places(self, text: str, ids: tuple[int, ...], pictures: tuple[Picture, ...]) -> Prompt:
         """`ids` with each placeholder repeated once for each visual token of its picture or video.
@@ -58,13 +58,13 @@ class QwenVision:
         """
         found = [token == self.video_id for token in ids if token in self.types]
         if found != [picture.is_video for picture in pictures]:
-            places, given = _count(found), _count([picture.is_video for picture in pictures])
-            problem = f"got {places[0]} places for {given[0]} pictures and {places[1]} for {given[1]} videos"
-            raise ValueError(
-                f"conversation: {problem} in the rendered conversation; does its text hold the model's own tokens, "
-                "or has its chat template no place for videos?"
-            )
-        waiting, places, marks = list(pictures), [], []  # type: ignore[var-annotated]
+            held, given = _count(found), _count([picture.is_video for picture in pictures])
+            problem = f"got {held[0]} places for {given[0]} pictures and {held[1]} for {given[1]} videos"
+            problem += " once rendered; does the text hold the model's own tokens, or the chat template too few places?"
+            raise ValueError(f"conversation: {problem}")
+        waiting = list(pictures)
+        places: list[int] = []
+        marks: list[Any] = []
         for token in ids:
             if token not in self.types:
                 places.append(token)

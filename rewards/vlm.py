@@ -63,7 +63,7 @@ class VLM:
         """A VLM of a model and a processor that are loaded already; options as above."""
         vlm = cls.__new__(cls)
         vlm.name, vlm.model, vlm.processor = name, model, processor
-        known = dict(batch_size=16, min_pixels=None, max_pixels=None, share_prefix=True)
+        known: dict[str, Any] = dict(batch_size=16, min_pixels=None, max_pixels=None, share_prefix=True)
         known.update(gradient_checkpointing=False, picture_cache=128, fps=2.0)
         if odd := set(options) - set(known):
             raise ValueError(f"options: got {sorted(odd)}, expected some of {sorted(known)}")
