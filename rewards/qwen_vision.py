@@ -47,8 +47,8 @@ class QwenVision:
 
     def grid(self, picture: Picture) -> tuple[int, int, int]:
         """Steps in time, rows and columns of patches."""
-        frames = len(picture.pixels) if picture.is_video else 1
-        return self._cutter(picture).grid(*picture.pixels.shape[-2:], frames=frames)
+        height, width = picture.pixels.shape[-2:]
+        return self._cutter(picture).grid(height, width, len(picture.pixels) if picture.is_video else 1)
 
     def with_places(self, text: str, ids: tuple[int, ...], pictures: tuple[Picture, ...]) -> Prompt:
         """`ids` with each placeholder repeated once for each visual token of its picture or video.
