@@ -18,8 +18,8 @@ from .base import Context, RewardError, check_prompts, register_reward
 from .chat import Chat, Message
 from .judging import ask, check_count, check_temperature, column, fill, load_template
 from .output import RewardOutput
-from .vlm import check_vlm_options
 from .vlm_heads import read_weights
+from .vlm_loading import check_vlm_options
 
 TOKEN = "<Reward>"
 FILE = "rm_head.pth"
