@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAINERS = {"flow_grpo": "GRPO for flow-matching models (the default)"}
+TRAINERS = {
+    "flow_grpo": "GRPO for flow-matching models (the default)",
+    "reward_backprop": "gradients of a differentiable reward: DRaFT, AlignProp, ReFL, SRPO and others",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

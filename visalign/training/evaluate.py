@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def evaluate(
     generator: Generator,
     transition,
     prompts: Sequence[str],
-    judges: dict[str, Callable[[Tensor, list[str]], Tensor]],
+    judges: dict[str, Callable[..., Tensor]],
     *,
     seed: int = 0,
     batch_size: int = 32,
@@ -66,11 +67,13 @@ def evaluate(
     process: int = 0,
     processes: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda t: t,
+    extras: Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]] | None = None,
 ) -> Evaluation:
     """One image a prompt, without noise in the steps, scored by every judge.
 
     Prompt k always gets the same seed. Each process takes the prompts k = process, process + processes, ...; `gather`
     joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
+    `extras` gives the inputs of the pipeline's call and the judges' context for some prompts, by number and text.
     """
     mine = list(range(process, len(prompts), processes))
     scores: dict[str, list[Tensor]] = {name: [] for name in judges}
@@ -79,10 +82,11 @@ def evaluate(
         rows = mine[start : start + batch_size]
         texts = [prompts[k] for k in rows]
         seeds = [derived_seed(seed, 4, k) for k in rows]
-        drawn = rollout(generator, texts, seeds, transition, sde_steps=[]).images
+        inputs, context = extras(rows, texts) if extras else ({}, {})
+        drawn = rollout(generator, texts, seeds, transition, sde_steps=[], **inputs).images
         assert drawn is not None
         for name, judge in judges.items():
-            scores[name].append(judge(drawn, texts).double().cpu())
+            scores[name].append(judge(drawn, texts, **({"context": context} if context else {})).double().cpu())
         if sum(len(i) for i in images) * processes < keep_images:
             images.append(drawn.cpu())
     joined = {}

@@ -40,6 +40,7 @@ class Policy:
         lora_targets: names of linear layers, or of groups of them: "all-linear" (where None), "attention",
             "conditioning" (those that turn time and pooled text into the scales and shifts of norms).
         gradient_checkpointing: recompute activations in the backward pass.
+        component: which of the modules in the loop is trained, e.g. controlnet; None: the main one.
     """
 
     def __init__(
@@ -50,9 +51,14 @@ class Policy:
         lora_targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        component: str | None = None,
     ):
         self.generator, self.lora_rank = generator, lora_rank
-        self.module = cast(Any, generator.denoiser)  # a diffusers model: its adapter methods are not in nn.Module
+        if component is not None and component not in generator.denoisers:
+            expected = sorted(generator.denoisers)
+            raise ValueError(f"component: got {component!r}, expected one that runs in the loop: {expected}")
+        module = generator.denoiser if component is None else generator.denoisers[component]
+        self.module = cast(Any, module)  # a diffusers model: its adapter methods are not in nn.Module
         self.component = next(n for n, m in generator.denoisers.items() if m is self.module)
         for component in generator.pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -159,6 +165,18 @@ class Average:
         self.updates += 1
         for name, parameter in self.policy.trained.items():
             self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+
+def scaled_change(policy: Policy, values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Trained weights `values` with their change of the model scaled: LoRA's B, or the difference to the frozen copy.
+
+    0 is the base model exactly, 1 gives `values` back; between them reward is traded for fidelity (arXiv:2309.17400).
+    """
+    if scale == 1:
+        return values
+    if policy.lora_rank:
+        return {name: v * scale if ".lora_B." in name else v for name, v in values.items()}
+    return {name: torch.lerp(policy.frozen[name], v, scale) for name, v in values.items()}
 
 
 def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:

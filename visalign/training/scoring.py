@@ -176,10 +176,11 @@ class Scorer:
             return self.combine(shaped, torch.arange(shaped.shape[1]))
         return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
 
-    def evaluate(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def evaluate(self, images: Tensor, prompts: Sequence[str], context: dict[str, Any] | None = None) -> Tensor:
         """(N,) of pictures of different prompts."""
         with torch.no_grad():
-            context = {"group_ids": torch.arange(len(prompts))} if self.whole else None
+            if self.whole:
+                context = {**(context or {}), "group_ids": torch.arange(len(prompts))}
             return self.plain(score(self.reward, images, prompts, context).shaped)
 
     def close(self) -> None:

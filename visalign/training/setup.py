@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +35,7 @@ class Parts:
     average: Average
     optimizer: torch.optim.Optimizer
     scorer: Scorer
-    judges: dict[str, Callable[[Tensor, list[str]], Tensor]]
+    judges: dict[str, Callable[..., Tensor]]
     learning_rate: Callable[[int], float]
     attention: str
     max_grad_norm: float
@@ -62,8 +63,13 @@ class Parts:
         self.images_sampled += images
 
 
-def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
-    """Load the model and the rewards, add what is trained, and put a checkpoint back if the plan has one."""
+def build(
+    cfg: CommonConfig, plan: Plan, accelerator: Accelerator, inputs: Callable[[Generator], dict[str, Any]] | None = None
+) -> Parts:
+    """Load the model and the rewards, add what is trained, and put a checkpoint back if the plan has one.
+
+    `inputs` gives further arguments of the pipeline's calls, for one prompt, where it cannot do without.
+    """
     sizes = {name: getattr(cfg, name) for name in ("height", "width") if getattr(cfg, name) is not None}
     steps = getattr(cfg, "num_steps", None)
     generator = Generator.from_pretrained(
@@ -74,7 +80,9 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         guidance_scale=cfg.guidance_scale,
         **sizes,
     )
-    generator.noise(plan.prompts[:1], [0])  # learns which modules denoise, and refuses a pipeline that does not fit
+    generator.noise(
+        plan.prompts[:1], [0], **(inputs(generator) if inputs else {})
+    )  # learns which modules denoise, and refuses a pipeline that does not fit
     attention = set_attention(generator.denoiser, cfg.attention)
     policy = Policy(
         generator,
@@ -83,6 +91,7 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         cfg.lora_targets,
         cfg.gradient_checkpointing,
         cfg.seed,
+        getattr(cfg, "component", None),
     )
     if cfg.lora:
         load_lora(policy, Path(cfg.lora))
