@@ -158,11 +158,10 @@ class RewardBackprop:
         learnt.add("saturated", objectives.saturated_fraction(images))
         return images
 
-    def context(self, step: int, batch: Batch) -> dict[str, Any] | None:
-        """For rewards: a seed for those that choose frames, and what is known of the pictures."""
-        if self.cfg.method in CYCLE and batch.drawn is not None:
-            return batch.drawn.context
-        return {"segment_seed": derived_seed(self.cfg.seed, 30, step)}
+    def context(self, step: int, batch: Batch) -> dict[str, Any]:
+        """For rewards: what is known of prompts and pictures, and a seed for those that choose frames."""
+        known = self.parts.scorer.context(batch.prompts) | {"segment_seed": derived_seed(self.cfg.seed, 30, step)}
+        return known | (batch.drawn.context if batch.drawn is not None and self.cfg.method in CYCLE else {})
 
     # Gradients -------------------------------------------------------------------------------------------------------
 

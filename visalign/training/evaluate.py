@@ -13,6 +13,9 @@ from visalign.generator import Generator
 from visalign.rollout import rollout
 from visalign.seeds import derived_seed
 
+# (places in the evaluation, prompts) -> inputs of the pipeline's call, and the judges' context
+Extras = Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]]
+
 
 @dataclass
 class Evaluation:
@@ -67,13 +70,13 @@ def evaluate(
     process: int = 0,
     processes: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda t: t,
-    extras: Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]] | None = None,
+    extras: Extras | None = None,
 ) -> Evaluation:
     """One image a prompt, without noise in the steps, scored by every judge.
 
     Prompt k always gets the same seed. Each process takes the prompts k = process, process + processes, ...; `gather`
     joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
-    `extras` gives the inputs of the pipeline's call and the judges' context for some prompts, by number and text.
+    `extras` gives further inputs of the pipeline's call and the judges' context, where some are needed.
     """
     mine = list(range(process, len(prompts), processes))
     scores: dict[str, list[Tensor]] = {name: [] for name in judges}

@@ -9,11 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.generator import Generator
-from visalign.transitions import ode_of
 
 from . import outcome, preflight, setup
 from .config import save_config
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, Extras
 from .options import CommonConfig
 from .policy import scaled_change
 from .run import WATCH, Run
@@ -61,7 +60,7 @@ class Evaluator:
         parts: setup.Parts,
         run: Run,
         scale: float = 1.0,
-        extras: Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]] | None = None,
+        extras: Extras | None = None,
     ) -> None:
         self.cfg, self.plan, self.accelerator, self.parts, self.run = cfg, plan, accelerator, parts, run
         self.scale, self.extras = scale, extras
@@ -72,19 +71,15 @@ class Evaluator:
 
     def __call__(self, count: int | None = None) -> Evaluation:
         """On the first `count` held-out prompts, without noise in the steps."""
-        with self.run.stage("evaluate"), self.parts.policy.swapped(self.values()):
-            return evaluate(
-                self.parts.generator,
-                ode_of(self.parts.generator.schedule),
-                self.plan.eval_prompts[:count],
-                self.parts.judges,
-                seed=self.cfg.eval_seed,
-                batch_size=self.cfg.batch_size,
-                process=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
-                gather=lambda t: self.accelerator.gather(t.to(self.accelerator.device)),
-                extras=self.extras,
-            )
+        return setup.evaluate_average(
+            self.run,
+            self.cfg,
+            self.parts,
+            self.accelerator,
+            self.plan.eval_prompts[:count],
+            values=self.values(),
+            extras=self.extras,
+        )
 
     def before(self) -> None:
         """The evaluation before the first step, unless a resumed run has it."""
