@@ -1,7 +1,7 @@
 """Training with the gradient of the reward, through the last steps of the sampler or one prediction: one loop, by mode.
 
     accelerate launch trainers/reward_backprop.py                                 # DRaFT-1, the shipped shapes world
-    accelerate launch trainers/reward_backprop.py --config trainers/recipes/reward_backprop/draft.yaml --reward hpsv21
+    accelerate launch trainers/reward_backprop.py --config trainers/recipes/draft_sd15.yaml --reward hpsv21
 
 `--method` draft: DRaFT-K (arXiv:2309.17400); draft_lv: its variant of low variance; alignprop (2310.03739); refl
 (2304.05977); srpo: Direct-Align with relative rewards, flows only (2509.06942); instructvideo: editing noised data
@@ -42,6 +42,7 @@ from visalign.training.backprop_parts import (
     blocks_of,
     check_model,
     embeds_guidance,
+    evaluation_extras,
     load_teacher,
     make_graded,
     make_sampler,
@@ -50,7 +51,7 @@ from visalign.training.backprop_parts import (
 from visalign.training.config import parse_config
 from visalign.training.data import Group, iteration_groups, share_of
 from visalign.training.gradients import check_differentiable
-from visalign.training.pictures import PictureFolder, open_pictures
+from visalign.training.pictures import DrawnShapes, PictureFolder, open_pictures
 from visalign.training.run import Run
 from visalign.training.session import Evaluator, session
 from visalign.training.watching import watch
@@ -141,12 +142,9 @@ class RewardBackprop:
             noise, at = self.noise(batch, 0, x0), single_step.align_levels(high, low, self.draw(0, step))
             branches = ((at.denoise_from, at.denoise_excess, False), (at.inversion_from, at.inversion_excess, True))
             for sigma, excess, swap in branches:
-                velocity = self.predict_at(batch, add_noise(x0, noise, sigma, "velocity"), self.time_of(sigma))
+                state, timestep = add_noise(x0, noise, sigma, "velocity"), sigma / self.generator.level_at(1.0)
+                velocity = self.predict_at(batch, state, timestep)
                 yield Estimate(single_step.direct_align(x0, noise, sigma, at.landing, velocity), 0.5, excess, swap)
-
-    def time_of(self, sigma: float) -> float:
-        """The timestep of a flow's noise level."""
-        return sigma / self.generator.level_at(1.0)
 
     def predict_at(self, batch: Batch, state: Tensor, timestep: float) -> Tensor:
         """The prediction at any timestep."""
@@ -349,27 +347,22 @@ def main(cfg: Config) -> Path:
         resolve_model(cfg.own("teacher"))
     sets = pictures.captions() if isinstance(pictures, PictureFolder) else None
     plan = preflight.make_plan(cfg, "reward_backprop", sets)
+    if isinstance(pictures, DrawnShapes):
+        pictures.check([*plan.prompts, *plan.eval_prompts])
 
     def inputs(generator: Generator) -> dict[str, Any]:
         return shown_to(cfg, generator, pictures, plan.prompts[:1], [0])[1] if pictures else {}
 
-    with session(cfg, plan, cfg.prompts_per_step, inputs) as (accelerator, parts, run):
+    with session(cfg, plan, cfg.prompts_per_step, inputs, cfg.own("component")) as (accelerator, parts, run):
         train(cfg, plan, RewardBackprop(cfg, accelerator, run, parts, pictures))
     return plan.folder
 
 
 def train(cfg: Config, plan: preflight.Plan, trainer: RewardBackprop) -> None:
     """The loop, between the evaluation before and the one after."""
-    accelerator, run, parts, pictures = trainer.accelerator, trainer.run, trainer.parts, trainer.pictures
-
-    def extras(rows: list[int], prompts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        assert pictures is not None
-        seeds = [derived_seed(cfg.eval_seed, 19, row) for row in rows]
-        drawn, inputs = shown_to(cfg, trainer.generator, pictures, prompts, seeds)
-        return inputs, drawn.context
-
-    conditioned = extras if cfg.method in CYCLE else None
-    evaluator = Evaluator(cfg, plan, accelerator, parts, run, cfg.lora_scale, conditioned)
+    accelerator, run, parts = trainer.accelerator, trainer.run, trainer.parts
+    extras = evaluation_extras(cfg, trainer.generator, trainer.pictures)
+    evaluator = Evaluator(cfg, plan, accelerator, parts, run, cfg.lora_scale, extras)
     evaluator.before()
     ended = False
     with run.progress:

@@ -163,8 +163,10 @@ def check_combinations(cfg: Config) -> None:
         raise ValueError(f"data: got None for method {cfg.method!r}, expected 'shapes' or a folder of pictures")
     if cfg.data is not None and not uses_data and cfg.method != "srpo":
         raise ValueError(f"data: got {cfg.data!r} with method {cfg.method!r} and data_weight 0, expected None")
-    if cfg.data is not None and cfg.data != "shapes" and cfg.prompts != "shapes":
-        raise ValueError(f"prompts: got {cfg.prompts!r} with data {cfg.data!r}, whose captions are the prompts")
+    if cfg.data not in (None, "shapes"):
+        for name, default in (("prompts", "shapes"), ("eval_prompts", None)):
+            if (given := getattr(cfg, name)) != default:
+                raise ValueError(f"{name}: got {given!r} with data {cfg.data!r}, whose captions are the prompts")
     unused: dict[str, tuple[bool, str]] = {  # name: (given, needs)
         "min_snr": (cfg.min_snr is not None and not (cfg.data_share > 0 and cfg.method != "rg_lcm"), "data_weight"),
         "levels_per_step": (cfg.levels_per_step != 4 and not (uses_data or cfg.anchor_weight > 0), "data or an anchor"),
@@ -189,5 +191,5 @@ def check_combinations(cfg: Config) -> None:
         raise ValueError("reward_mix: got 'normalised', expected objective 'reward' and no positive and negative words")
     if cfg.method == "ctrl_u":
         shaped = (cfg.objective != "reward", cfg.reward_mix != "plain", cfg.worst_case, cfg.augment, cfg.positive)
-        if any(shaped) or cfg.reward.partition(":")[0] != "controlnet_cycle" and not cfg.reward.endswith(".yaml"):
+        if any(shaped) or cfg.reward != "controlnet_cycle" and not cfg.reward.endswith((".yaml", ".yml")):
             raise ValueError(f"reward: got {cfg.reward!r} for ctrl_u, expected a plain controlnet_cycle (or a .yaml)")

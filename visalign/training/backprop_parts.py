@@ -14,11 +14,13 @@ from visalign.generator import Generator
 from visalign.pipeline_calls import call_parameters
 from visalign.rewards import Reward
 from visalign.rewards.cycle import ControlnetCycle
+from visalign.seeds import derived_seed
 from visalign.transitions import Schedule, Transition, make_transition, ode_of
 from visalign.worlds import resolve_model
 
 from .backprop_options import CYCLE, Config
 from .data import Group
+from .evaluate import Extras
 from .gradients import GradedReward, check_built
 from .pictures import Drawn, DrawnShapes, PictureFolder
 from .policy import Policy
@@ -72,6 +74,19 @@ def shown_to(
     drawn = pictures.draw(prompts, seeds, picture_size(generator)).to(generator.device)
     takes = cfg.method in CYCLE and "image" in call_parameters(generator.pipeline)
     return drawn, {"image": drawn.conditions} if takes else {}
+
+
+def evaluation_extras(cfg: Config, generator: Generator, pictures: Pictures | None) -> Extras | None:
+    """For evaluations of methods with a condition: a picture for each held-out caption, the same every time."""
+    if pictures is None or cfg.method not in CYCLE:
+        return None
+
+    def extras(rows: list[int], prompts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        seeds = [derived_seed(cfg.eval_seed, 19, row) for row in rows]
+        drawn, inputs = shown_to(cfg, generator, pictures, prompts, seeds)
+        return inputs, drawn.context
+
+    return extras
 
 
 def make_sampler(cfg: Config, schedule: Schedule) -> Transition:

@@ -114,6 +114,16 @@ class DrawnShapes:
 
     conditioned = True
 
+    def check(self, captions: Sequence[str]) -> None:
+        """Raise ValueError for a caption that cannot be drawn; names it."""
+        for caption in captions:
+            try:
+                parse(caption)
+            except ValueError as error:
+                raise ValueError(
+                    f"prompts: got {caption!r} with data 'shapes', which cannot draw it ({error})"
+                ) from None
+
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int]) -> Drawn:
         scenes = [place(parse(p), np.random.default_rng(s)) for p, s in zip(prompts, seeds)]
         if size[0] != size[1]:

@@ -21,18 +21,23 @@ from .watching import roll_back
 
 @contextmanager
 def session(
-    cfg: CommonConfig, plan: preflight.Plan, share: int, inputs: Callable[[Generator], dict[str, Any]] | None = None
+    cfg: CommonConfig,
+    plan: preflight.Plan,
+    share: int,
+    inputs: Callable[[Generator], dict[str, Any]] | None = None,
+    component: str | None = None,
 ) -> Iterator[tuple[Accelerator, setup.Parts, Run]]:
     """The processes, what is trained, and the run's instruments; all closed at the end, whatever happens.
 
     Args:
         share: prompts an update, which the processes must be able to share.
         inputs: of the pipeline's calls, for those that need more than prompts (for one prompt).
+        component: module that is trained; None: the main one.
     """
     accelerator = Accelerator()
     preflight.check_shares(share, accelerator)
     plan.folder = setup.same_on_all(plan.folder)
-    parts = setup.build(cfg, plan, accelerator, inputs)
+    parts = setup.build(cfg, plan, accelerator, inputs, component)
     run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
     try:
         if accelerator.is_main_process:

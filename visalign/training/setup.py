@@ -65,11 +65,16 @@ class Parts:
 
 
 def build(
-    cfg: CommonConfig, plan: Plan, accelerator: Accelerator, inputs: Callable[[Generator], dict[str, Any]] | None = None
+    cfg: CommonConfig,
+    plan: Plan,
+    accelerator: Accelerator,
+    inputs: Callable[[Generator], dict[str, Any]] | None = None,
+    component: str | None = None,
 ) -> Parts:
     """Load the model and the rewards, add what is trained, and put a checkpoint back if the plan has one.
 
-    `inputs` gives further arguments of the pipeline's calls, for one prompt, where it cannot do without.
+    `inputs` gives further arguments of the pipeline's calls, for one prompt, where it cannot do without; `component` is
+    the module that is trained, as of `Policy`.
     """
     sizes = {name: getattr(cfg, name) for name in ("height", "width") if getattr(cfg, name) is not None}
     steps = getattr(cfg, "num_steps", None)
@@ -91,7 +96,7 @@ def build(
         cfg.lora_targets,
         cfg.gradient_checkpointing,
         cfg.seed,
-        getattr(cfg, "component", None),
+        component,
     )
     if cfg.lora:
         load_lora(policy, Path(cfg.lora))
