@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import diffusers as df
 import pytest
@@ -25,7 +26,7 @@ from visalign.training.backprop_parts import Learnt, batches
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.config import parse_config
 from visalign.training.data import iteration_groups
-from visalign.training.gradients import GradedReward
+from visalign.training.gradients import check_differentiable
 from visalign.training.pictures import DrawnShapes, PictureFolder
 from visalign.training.policy import scaled_change
 from visalign.training.run import Run, read_metrics
@@ -149,10 +150,7 @@ def test_draft_over_all_steps_is_the_slope_of_the_reward_along_any_direction(ben
         named = {name: part.view_as(p) for (name, p), part in zip(bench.fresh.items(), parts)}
         with bench.parts.policy.swapped(named):
             ends.append(bench.gradient(trainer=trainer)[1]["reward_mean"])
-    slope = (ends[0] - ends[1]) / 0.04
-    assert slope == pytest.approx(-float(gradient @ direction) * -1 * -1, rel=0.03) or slope == pytest.approx(
-        float(gradient.norm()) * -1, rel=0.03
-    )
+    assert (ends[0] - ends[1]) / 0.04 == pytest.approx(-float(gradient.norm()), rel=0.03), "the loss falls, it rises"
 
 
 def test_only_the_policy_gets_gradients_and_only_the_last_calls_have_one(bench):
@@ -324,13 +322,14 @@ def test_staying_close_costs_nothing_at_the_start(bench):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bench):
-    trainer = bench.trainer(reward_weight=1e38, grad_steps=1)
+    trainer = bench.trainer()
     before = {k: v.clone() for k, v in bench.parts.policy.tensors().items()}
-    trainer.reward = replace(trainer.reward, reward=make_reward("clip"))
-    trainer.reward._scores.__func__  # noqa: B018 (a method, patched below on the class's instance)
-    nan = GradedReward(trainer.reward.reward)
-    object.__setattr__(nan, "_scores", lambda reward, images, prompts, context: images.flatten(1).sum(1) * torch.nan)
-    trainer.reward = nan
+
+    def nothing(images, prompts):
+        return images.flatten(1).sum(1) * torch.nan
+
+    nothing.differentiable = True
+    trainer.reward = replace(trainer.reward, reward=make_reward(nothing))
     values, learnt = trainer.update(0, bench.groups(trainer))
     assert trainer.parts.skipped == 1 and values["skipped_updates"] == 1 and not learnt.shown
     assert all(torch.equal(v, before[k]) for k, v in bench.parts.policy.tensors().items())
@@ -591,17 +590,24 @@ def test_training_raises_the_reward(base, bright, tmp_path):
 
 # Configuration ---------------------------------------------------------------------------------------------------
 
-RECIPES = sorted((Path(reward_backprop.__file__).parent / "recipes" / "reward_backprop").glob("*.yaml"))
+RECIPES = [
+    p
+    for p in sorted((Path(reward_backprop.__file__).parent / "recipes").glob("*.yaml"))
+    if "trainers/reward_backprop.py" in p.read_text()
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipes_are_valid(recipe):
     cfg = parse_config(Config, ["--config", str(recipe)], prog="reward_backprop", description="")
-    assert cfg != Config() and cfg.model.count("/") == 1
+    assert cfg != Config(model=cfg.model) and cfg.model.count("/") == 1
+    if "/" not in cfg.reward:
+        check_differentiable(cfg.reward, ["flow_grpo"])
 
 
 def test_there_is_a_recipe_of_every_method():
-    assert {p.stem.split("_hps")[0] for p in RECIPES} >= {"draft", "draft_lv", "alignprop", "refl", "srpo", "rg_lcm"}
+    methods = [parse_config(Config, ["--config", str(p)], prog="x", description="").method for p in RECIPES]
+    assert sorted(methods) == sorted(get_args(backprop_options.Method))
 
 
 def test_every_option_is_read():

@@ -21,8 +21,10 @@ from visalign.rewards.output import as_output
 from visalign.seeds import derived_seed
 
 
-def check_differentiable(spec: str, others: Sequence[str]) -> None:
+def check_differentiable(spec: Any, others: Sequence[str]) -> None:
     """Refuse a reward without gradient before a model loads: by what its class says, or a user's function by itself.
+
+    A reward of videos is asked for the one that it wraps. Judges whose model decides are left to `check_built`.
 
     Args:
         others: trainers that can use such a reward.
@@ -31,6 +33,8 @@ def check_differentiable(spec: str, others: Sequence[str]) -> None:
         ValueError: names the reward and the trainers.
     """
     for term in parse_spec(spec):
+        if isinstance(wrapped := term.options.get("reward"), (str, list, dict)):
+            check_differentiable(wrapped, others)
         known = ":" not in term.name
         said = getattr(reward_factory(term.name), "differentiable", None) if known else None
         if not known:
