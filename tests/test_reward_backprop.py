@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import diffusers as df
@@ -182,6 +183,26 @@ def saved_bytes(function):
     return sum(size for size, _ in seen.values()), out
 
 
+def test_refl_scores_the_last_quarter_and_cuts_are_functions_of_seed_and_iteration(bench, monkeypatch):
+    cuts = {}
+
+    def no_rollout(*_, cut, **__):
+        cuts[method].append(cut)
+        return SimpleNamespace(result=None, states={})
+
+    monkeypatch.setattr(reward_backprop, "truncated_rollout", no_rollout)
+    for method in ("refl", "alignprop"):
+        trainer = bench.trainer(method=method)
+        trainer.cfg, cuts[method] = replace(trainer.cfg, num_steps=40), []
+        for start in (0, 3):  # the samples of two processes
+            batch = backprop_parts.Batch(torch.arange(1), ["a"], [start], [start], 0, {})
+            for step in range(100):
+                assert len(list(trainer.estimates(step, batch))) == 1
+        assert cuts[method][:100] == cuts[method][100:]
+    assert (min(cuts["refl"]), max(cuts["refl"])) == (30, 39)
+    assert min(cuts["alignprop"]) < 4 and max(cuts["alignprop"]) > 35
+
+
 def test_memory_with_one_step_of_gradient_is_flat_in_the_number_of_steps():
     kept = {}
     pipeline = tiny.make("Stable Diffusion 3")
@@ -190,6 +211,8 @@ def test_memory_with_one_step_of_gradient_is_flat_in_the_number_of_steps():
             call = (g, ["a red circle"], [0], ode_of(g.schedule))
             kept[steps] = saved_bytes(lambda call=call, n=steps: truncated_rollout(*call, n - 1))[0]
             two = saved_bytes(lambda call=call, n=steps: truncated_rollout(*call, n - 2))[0]
+            refl = saved_bytes(lambda call=call, n=steps: truncated_rollout(*call, n - 2, jump=True))[0]
+            assert refl <= 1.05 * kept[steps]
         assert two > 1.5 * kept[steps]
     assert max(kept.values()) <= 1.05 * min(kept.values())
 
@@ -460,6 +483,13 @@ def test_a_folder_of_pictures(folder, tmp_path):
         PictureFolder(tmp_path)
 
 
+def test_the_condition_of_drawn_shapes_is_read_back_from_them():
+    drawn = DrawnShapes().draw(["a red circle", "two blue stars"], [0, 1], (64, 64))
+    assert make_reward("controlnet_cycle")(drawn.pictures, ["a", "b"], drawn.context).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="prompts: got 'a dog', which data 'shapes' cannot draw"):
+        DrawnShapes().check(["a red circle", "a dog"])
+
+
 def test_encoding_is_undone_by_the_pipeline_or_refused(bench):
     pictures = DrawnShapes().draw(["a red circle"], [0], (64, 64)).pictures
     latents = Encoder(bench.parts.generator)(pictures, ["a red circle"])
@@ -518,7 +548,18 @@ RUNS = [
 
 
 @pytest.mark.parametrize("model, given", RUNS, ids=lambda x: x if isinstance(x, str) else x["method"])
-def test_other_families_train(base, bright, models, tmp_path, model, given):
+def test_other_families_train(base, bright, models, tmp_path, monkeypatch, model, given):
+    trained, update = set(), RewardBackprop.update
+
+    def watched(self, step, groups):
+        out = update(self, step, groups)
+        modules = [m for m in self.generator.pipeline.components.values() if isinstance(m, torch.nn.Module)]
+        modules += [self.teacher.denoiser] if self.teacher else []
+        assert all(p.grad is None for m in modules for p in m.parameters()), "the optimiser has freed its own"
+        trained.add(self.parts.policy.component)
+        return out
+
+    monkeypatch.setattr(RewardBackprop, "update", watched)
     given = {"reward": bright, **given}
     if "teacher" in given:
         given["teacher"] = models[given["teacher"]]
@@ -530,8 +571,20 @@ def test_other_families_train(base, bright, models, tmp_path, model, given):
     assert last["grad_norm"] > 0 and last["skipped_updates"] == 0 and (folder / "report.html").is_file()
     if given["method"] == "rg_lcm":
         assert last["consistency_loss"] > 0
+    assert trained == {"controlnet" if model == "controlnet" else "unet"}
     if model == "controlnet":
         assert df.ControlNetModel.from_pretrained(folder / "weights") is not None
+
+
+def test_distilling_without_a_reward_is_plain_distilling(base, bright, models, tmp_path):
+    given = dict(method="rg_lcm", model=models["plain lcm"], data="shapes", num_steps=5, guidance_span=(2.0, 3.0))
+    bench = Bench({**base, **given, "reward": bright}, tmp_path / "run")
+    alone, values, _ = bench.gradient(reward_weight=0.0)
+    assert torch.equal(alone, bench.gradient(reward_weight=0.0, reward="clip")[0]) and values["consistency_loss"] > 0
+    assert torch.equal(2 * alone, bench.gradient(reward_weight=0.0, data_weight=2.0)[0])
+    assert not close(alone, bench.gradient()[0], 0.01)
+    assert bench.gradient(reward_weight=0.0, data_weight=0.0)[0].abs().max() == 0
+    bench.run.close()
 
 
 def test_a_run_stopped_and_resumed_equals_the_unbroken_one(base, bright, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from visalign.backprop import checkpointed, truncated_rollout
 from visalign.noising import add_noise, one_step_estimate, training_target
 from visalign.objectives import reward_gradient as rg
 from visalign.objectives import single_step as ss
+from visalign.rewards import make_reward
 from visalign.rewards.video import segment_frames, segment_weights
 from visalign.transitions import DDIM, FlowODE, FlowSDE, Schedule, ddim, flow_sde
 from visalign.transitions.consistency import boundary_scalings
@@ -459,6 +460,17 @@ def test_segments_and_their_weights():
     weights = segment_weights(torch.tensor([8, 7, 0]), 16) * 3
     assert weights.tolist() == pytest.approx([1.0, 0.3679, 3.3546e-4], rel=1e-3)
     assert segment_weights(chosen, 16, decay=0.0).tolist() == [0.25] * 4
+
+
+def test_frames_that_were_not_chosen_get_no_gradient():
+    def bright(images, prompts):
+        return images.flatten(1).mean(1)
+
+    bright.differentiable = True
+    videos = torch.rand(1, 16, 3, 4, 4, generator=seeded()).requires_grad_()
+    output = make_reward("segmental", reward=make_reward(bright))(videos, ["a"], {"segment_seed": 3})
+    (gradient,) = torch.autograd.grad(output.scores.sum(), videos)
+    assert gradient.flatten(2).abs().sum((0, 2)).nonzero().flatten().tolist() == output.extra["frames"].tolist()
 
 
 def test_the_consistency_loss_and_its_boundary():
