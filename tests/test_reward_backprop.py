@@ -454,6 +454,9 @@ def test_what_only_the_model_tells_is_refused(bench, world_files):
         bench.trainer(sampler="ddim")
     with pytest.raises(ValueError, match="kl_weight: got 1.0, but no step of"):
         bench.trainer(sampler="cps", kl_weight=1.0)
+    without = SimpleNamespace(pipeline=SimpleNamespace(vae=object()), denoisers={})
+    with pytest.raises(ValueError, match="decode_tiling: got True for SimpleNamespace, whose vae cannot"):
+        backprop_parts.prepare_memory(replace(bench.cfg, decode_tiling=True), without)
     with pytest.raises(ValueError, match="which is groupwise, expected a pointwise one"):
         bench.trainer(reward=f"{world_files / 'gradient_rewards.py'}:crowd")
 

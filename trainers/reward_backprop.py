@@ -46,6 +46,7 @@ from visalign.training.backprop_parts import (
     load_teacher,
     make_graded,
     make_sampler,
+    prepare_memory,
     shown_to,
 )
 from visalign.training.config import parse_config
@@ -85,13 +86,7 @@ class RewardBackprop:
         self.reward = make_graded(cfg, parts.scorer.reward, OTHERS)
         self.encode = Encoder(self.generator) if pictures else None
         self.teacher = load_teacher(cfg, self.schedule, parts.policy, accelerator.device)
-        vae: Any = getattr(self.generator.pipeline, "vae", None)
-        if cfg.decode_slicing:
-            vae.enable_slicing()
-        if cfg.decode_tiling:
-            vae.enable_tiling()
-        self.recomputed: list[Any] = [(m, "forward") for m in self.generator.denoisers.values() if cfg.checkpoint_calls]
-        self.recomputed += [(vae, "_decode" if hasattr(vae, "_decode") else "decode")] * cfg.decode_checkpointing
+        self.recomputed = prepare_memory(cfg, self.generator)
 
     # Samples ---------------------------------------------------------------------------------------------------------
 

@@ -153,6 +153,27 @@ def embeds_guidance(policy: Policy) -> bool:
     return getattr(policy.module.config, "time_cond_proj_dim", None) is not None
 
 
+def prepare_memory(cfg: Config, generator: Generator) -> list[tuple[Any, str]]:
+    """Slice and tile the decoder where wanted; the methods whose activations are to be recomputed.
+
+    Raises:
+        ValueError: an option for a decoder that cannot.
+    """
+    vae: Any = getattr(generator.pipeline, "vae", None)
+    needed = {"decode_slicing": "enable_slicing", "decode_tiling": "enable_tiling", "decode_checkpointing": "decode"}
+    for option, method in needed.items():
+        if getattr(cfg, option) and not hasattr(vae, method):
+            raise ValueError(
+                f"{option}: got True for {type(generator.pipeline).__name__}, whose vae cannot, expected False"
+            )
+    if cfg.decode_slicing:
+        vae.enable_slicing()
+    if cfg.decode_tiling:
+        vae.enable_tiling()
+    recomputed: list[tuple[Any, str]] = [(m, "forward") for m in generator.denoisers.values() if cfg.checkpoint_calls]
+    return recomputed + [(vae, "_decode" if hasattr(vae, "_decode") else "decode")] * cfg.decode_checkpointing
+
+
 def check_model(cfg: Config, schedule: Schedule, transition: Transition, first_cut: int) -> None:
     """Raise ValueError for what only the loaded model tells."""
     wanted = {"srpo": "flow", "rg_lcm": "consistency"}.get(cfg.method, schedule.kind)
