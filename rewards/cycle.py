@@ -166,19 +166,30 @@ class ControlnetCycle:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
         """images: (N, 3, H, W) in [0, 1]. Returns (N,), float32."""
+        _, losses, counted = self.pixel_losses(images, context)
+        return -per_item(losses, counted)
+
+    def pixel_losses(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What was read back, logits (N, C, h, w) or maps (N, h, w), each pixel's loss (N, h, w), and which count."""
         check_images(images)
-        found, targets = self._extract(images), self._targets(images, context or {}).to(images.device)
-        targets = targets.to(found.device)
+        found = self._extract(images)
+        targets = self._targets(images, context or {}).to(found.device)
         if self.condition == "segmentation":
             losses = segmentation_loss(found, targets)
             shown = F.interpolate(targets[:, None].float(), losses.shape[-2:], mode="nearest")[:, 0]
-            return -per_item(losses, shown != IGNORE)
+            return found, losses, shown != IGNORE
         if self.condition == "depth":
-            return -per_item(depth_loss(found, targets))
+            return found, depth_loss(found, targets), None
         if targets.shape != found.shape:
             got = f"got edge maps of shape {tuple(targets.shape)}, expected {tuple(found.shape)}"
             raise RewardError(self.name, got)
-        return -per_item(edge_loss(found, targets.float()))
+        return found, edge_loss(found, targets.float()), None
+
+    def doubt(self, auxiliary: Tensor, main: Tensor) -> Tensor:
+        """Ctrl-U's disagreement of two readings of `pixel_losses`, (N, h, w): a KL of classes, else |difference|."""
+        if self.condition == "segmentation":
+            return segmentation_doubt(auxiliary, main)
+        return map_doubt(auxiliary, main, scale=1.0)
 
     def _targets(self, images: Tensor, context: Context) -> Tensor:
         if self.target == "condition":

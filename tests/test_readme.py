@@ -63,7 +63,11 @@ def test_python_blocks_of_the_readme_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "trainers/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+# Those of other trainers name theirs, and stand in its tests.
+RECIPES = [p for p in sorted((ROOT / "trainers/recipes").glob("*.yaml")) if "trainers/" not in p.read_text()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipes_resolve_to_a_configuration(recipe):
     from visalign.training.config import parse_config
 

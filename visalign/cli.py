@@ -11,6 +11,7 @@ from visalign.worlds import PARTS
 TRAINERS = {
     "flow_grpo": "GRPO for flow-matching models (the default)",
     "ddpo": "DDPO, RLCM and TexForce for diffusion and consistency models",
+    "reward_backprop": "gradients of a differentiable reward: DRaFT, AlignProp, ReFL, SRPO and others",
 }
 
 

@@ -26,7 +26,7 @@ from visalign.pipeline_calls import (
     refuse_unfit,
     to_images,
 )
-from visalign.schedulers import to_supported_scheduler
+from visalign.schedulers import level_at, to_supported_scheduler
 from visalign.stepping import UnsupportedPipeline
 from visalign.transitions import Schedule
 
@@ -172,19 +172,27 @@ class Generator:
         step_index: int,
         prompts: Sequence[str],
         seeds: Sequence[int] | None = None,
+        *,
+        timestep: float | None = None,
         **inputs: Any,
     ) -> Tensor:
         """The guided prediction at `latents` (N, ...) and a step, (N, ...) float32, with gradient if grad is enabled.
 
         `seeds` matter only where the pipeline draws more than the initial noise (condition encoders that sample).
+        With a `timestep` the network is told that one instead of the step's own; `level_at` says its noise level.
         """
         seen: list[Tensor] = []
 
         def step_fn(_step_index: int, _latents: Tensor, prediction: Tensor) -> None:
             seen.append(prediction)
 
-        self.denoise(prompts, _or_zeros(seeds, prompts), step_fn, latents={step_index: latents}, **inputs)
+        times = None if timestep is None else {step_index: timestep}
+        self.denoise(prompts, _or_zeros(seeds, prompts), step_fn, latents={step_index: latents}, times=times, **inputs)
         return seen[0]
+
+    def level_at(self, timestep: float) -> float:
+        """The noise level of any timestep, as `Schedule.levels` has those of its steps: sigma, or cumulative alpha."""
+        return level_at(self._driver.scheduler, timestep)
 
     def denoise(
         self,
@@ -197,6 +205,7 @@ class Generator:
         stop: int | None = None,
         decode: bool = False,
         grad_steps: Collection[int] | None = None,
+        times: Mapping[int, float] | None = None,
         **inputs: Any,
     ) -> Any:
         """One pipeline call whose steps start .. stop-1 are `step_fn(step_index, latents, prediction) -> next latents`.
@@ -211,6 +220,7 @@ class Generator:
             grad_steps: the steps whose prediction has a gradient, if grad is enabled; None: all that run. At others
                 gradients still pass along the latents. Backward may be called inside `step_fn`; what it returns should
                 then be detached, or the next step extends the freed graph.
+            times: timesteps that the network is told at these steps, in place of their own.
             inputs: arguments of the pipeline for this call (image, ...).
 
         Returns:
@@ -237,6 +247,7 @@ class Generator:
         if not steps and not decode:
             return states[start] if states else self.noise(prompts, seeds, **inputs)
         options: dict[str, Any] = dict(denoisers=learned.denoisers, feed=learned.feed, grad_steps=grad_steps)
+        options["times"] = times or {}
         run, media = self._driver.run(
             prompts, seeds, inputs, step_fn, steps=steps, states=states, leave=not decode, **options
         )

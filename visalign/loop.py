@@ -24,6 +24,7 @@ class LoopRun:
         leave: leave the pipeline after the last of `steps`, without decoding.
         stubs, denoisers: what is stubbed, and by what.
         stub_all: run no denoiser at all (to see the loop's first latents).
+        times: timesteps to show at these steps, in place of the schedule's own.
         grad: record gradients, at the steps that run (`grad_steps`: only at these of them).
     """
 
@@ -33,6 +34,7 @@ class LoopRun:
     on_schedule: Callable[[Any], None]
     steps: Collection[int] | None = None
     states: Mapping[int, Tensor] = field(default_factory=dict)
+    times: Mapping[int, float] = field(default_factory=dict)
     leave: bool = False
     stub_all: bool = False
     grad: bool = False
@@ -55,6 +57,9 @@ class LoopRun:
             yield first
             self._handover = False
         yield from range(first, first + count)
+
+    def timestep(self, step_index: int, timestep: Tensor) -> Tensor:
+        return torch.full_like(timestep, self.times[step_index]) if step_index in self.times else timestep
 
     def enter(self, step_index: int | None) -> None:
         self.at = step_index

@@ -98,3 +98,19 @@ def schedule_of(scheduler: Any) -> Schedule:
         timestep_scaling=float(scheduler.config.timestep_scaling),
         sigma_data=float(getattr(scheduler, "sigma_data", 0.5)),  # set by its first step
     )
+
+
+def level_at(scheduler: Any, timestep: float) -> float:
+    """The noise level of a timestep of a supported scheduler: sigma of a flow, cumulative alpha of the others.
+
+    Raises:
+        ValueError: a timestep outside the training's, or a fraction where they are whole numbers.
+    """
+    count = scheduler.config.num_train_timesteps
+    if "FlowMatch" in type(scheduler).__name__:
+        if not 0 <= timestep <= count:
+            raise ValueError(f"timestep: got {timestep}, expected within [0, {count}]")
+        return timestep / count
+    if timestep != int(timestep) or not 0 <= timestep < count:
+        raise ValueError(f"timestep: got {timestep}, expected a whole number within 0 .. {count - 1}")
+    return float(scheduler.alphas_cumprod[int(timestep)])

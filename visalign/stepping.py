@@ -32,6 +32,10 @@ class LoopControl(Protocol):
         """The step indices to run, for a loop over `count` timesteps from index `first`."""
         ...
 
+    def timestep(self, step_index: int, timestep: Tensor) -> Tensor:
+        """What the loop is shown as this step's timestep, in place of the schedule's own."""
+        ...
+
     def enter(self, step_index: int | None) -> None:
         """The loop is about to run this step; None: the loop has ended."""
         ...
@@ -78,7 +82,7 @@ class Timesteps(Tensor):
         plain = self.as_subclass(Tensor)
         for index in self.control.order(self.offset, len(plain)):
             self.control.enter(index)
-            yield plain[index - self.offset]
+            yield self.control.timestep(index, plain[index - self.offset])
         self.control.enter(None)
 
 

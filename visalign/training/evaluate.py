@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from visalign.generator import Generator
 from visalign.rollout import rollout
 from visalign.seeds import derived_seed
+
+# (places in the evaluation, prompts) -> inputs of the pipeline's call, and the judges' context
+Extras = Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]]
 
 
 @dataclass
@@ -58,7 +62,7 @@ def evaluate(
     generator: Generator,
     transition,
     prompts: Sequence[str],
-    judges: dict[str, Callable[[Tensor, list[str]], Tensor]],
+    judges: dict[str, Callable[..., Tensor]],
     *,
     seed: int = 0,
     batch_size: int = 32,
@@ -66,11 +70,13 @@ def evaluate(
     process: int = 0,
     processes: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda t: t,
+    extras: Extras | None = None,
 ) -> Evaluation:
     """One image a prompt, scored by every judge. A stochastic transition draws its noise from the prompt's seed.
 
     Prompt k always gets the same seed. Each process takes the prompts k = process, process + processes, ...; `gather`
     joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
+    `extras` gives further inputs of the pipeline's call and the judges' context, where some are needed.
     """
     mine = list(range(process, len(prompts), processes))
     scores: dict[str, list[Tensor]] = {name: [] for name in judges}
@@ -79,10 +85,12 @@ def evaluate(
         rows = mine[start : start + batch_size]
         texts = [prompts[k] for k in rows]
         seeds = [derived_seed(seed, 4, k) for k in rows]
-        drawn = rollout(generator, texts, seeds, transition, sde_steps=None if transition.stochastic else []).images
+        inputs, context = extras(rows, texts) if extras else ({}, {})
+        noisy: list[int] | None = None if transition.stochastic else []
+        drawn = rollout(generator, texts, seeds, transition, sde_steps=noisy, **inputs).images
         assert drawn is not None
         for name, judge in judges.items():
-            scores[name].append(judge(drawn, texts).double().cpu())
+            scores[name].append(judge(drawn, texts, **({"context": context} if context else {})).double().cpu())
         if sum(len(i) for i in images) * processes < keep_images:
             images.append(drawn.cpu())
     joined = {}

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from .evaluate import Evaluation, paired_interval
 from .options import CommonConfig
 from .preflight import Plan
@@ -39,14 +41,25 @@ def say_evaluation(run: Run, evaluation: Evaluation, title: str) -> None:
     run.save_grid(f"{title}.png", evaluation.images)
 
 
-def finish(run: Run, cfg: CommonConfig, plan: Plan, parts: Parts, after: Evaluation) -> None:
-    """The LoRA, summary.json, report.html, and the last lines on the screen. Main process only."""
+def finish(
+    run: Run,
+    cfg: CommonConfig,
+    plan: Plan,
+    parts: Parts,
+    after: Evaluation,
+    values: dict[str, Tensor] | None = None,
+) -> None:
+    """The LoRA, summary.json, report.html, and the last lines on the screen. Main process only.
+
+    `values` are the weights to export; None: the average.
+    """
     assert parts.before is not None
     say_evaluation(run, after, "after")
     run.log(parts.step, evaluation_values(after))
     if not run.main:
         return
-    parts.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", parts.average.values)
+    exported = parts.average.values if values is None else values
+    parts.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", exported)
     summary: dict[str, Any] = {}
     for name, before in parts.before.scores.items():
         summary |= {

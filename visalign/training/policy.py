@@ -50,6 +50,7 @@ class Policy:
             "conditioning" (those that turn time and pooled text into the scales and shifts of norms).
         gradient_checkpointing: recompute the denoiser's activations in the backward pass.
         parts: what is trained; "text" and "both" need a lora_rank.
+        component: which of the modules in the loop is trained, e.g. controlnet; None: the main one.
 
     Raises:
         ValueError: lora_targets that a module lacks, or a pipeline that could not load a LoRA on its text encoders.
@@ -64,9 +65,14 @@ class Policy:
         gradient_checkpointing: bool = False,
         seed: int = 0,
         parts: Parts = "denoiser",
+        component: str | None = None,
     ):
         self.generator, self.lora_rank = generator, lora_rank
-        denoiser = cast(Any, generator.denoiser)  # a diffusers model: its adapter methods are not in nn.Module
+        if component is not None and component not in generator.denoisers:
+            expected = sorted(generator.denoisers)
+            raise ValueError(f"component: got {component!r}, expected one that runs in the loop: {expected}")
+        module = generator.denoiser if component is None else generator.denoisers[component]
+        denoiser = cast(Any, module)  # a diffusers model: its adapter methods are not in nn.Module
         components = generator.pipeline.components
         self.modules: dict[str, Any] = {}
         if parts != "text":
@@ -74,9 +80,9 @@ class Policy:
         self.texts = _text_encoders(generator, lora_rank) if parts != "denoiser" else []
         self.modules |= {name: components[name] for name in self.texts}
         self.module = next(iter(self.modules.values()))
-        for component in components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False)
+        for part in components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False)
         self.base_digest = "-".join(
             weights_digest(m) for m in {id(m): m for m in (denoiser, *self.modules.values())}.values()
         )
@@ -203,6 +209,18 @@ def _text_encoders(generator: Generator, lora_rank: int) -> list[str]:
 def _prefix(component: str, module: nn.Module) -> str:
     """What LoRA files put before a CLIP text model's layers, which were within a `text_model` until transformers 5."""
     return "text_model." if component.startswith("text_encoder") and not hasattr(module, "text_model") else ""
+
+
+def scaled_change(policy: Policy, values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Trained weights `values` with their change of the model scaled: LoRA's B, or the difference to the frozen copy.
+
+    0 is the base model exactly, 1 gives `values` back; between them reward is traded for fidelity (arXiv:2309.17400).
+    """
+    if scale == 1:
+        return values
+    if policy.lora_rank:
+        return {name: v * scale if ".lora_B." in name else v for name, v in values.items()}
+    return {name: torch.lerp(policy.frozen[name], v, scale) for name, v in values.items()}
 
 
 def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:

@@ -39,8 +39,10 @@ class Plan:
     context: PromptContext = field(default_factory=PromptContext)  # metadata and references of the prompts
 
 
-def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
+def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo", sets: tuple[list[str], list[str]] | None = None) -> Plan:
     """Check everything that can be checked before a model loads.
+
+    `sets` are the training and held-out prompts where they do not come from the options of that name.
 
     Raises:
         ValueError: one line that names the option, what was given and what is accepted.
@@ -51,7 +53,7 @@ def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
     folder = Path(
         cfg.run_dir or (resume.parent.parent if resume else f"runs/{trainer}-{time.strftime('%Y%m%d-%H%M%S')}")
     )
-    prompts, held_out = read_sets(cfg)
+    prompts, held_out = read_sets(cfg) if sets is None else (sets[0], sets[1][: cfg.eval_count])
     warnings = []
     if shared := overlap(prompts, held_out):
         warnings.append(f"{len(shared)} of {len(held_out)} evaluation prompts also stand in the training set")

@@ -189,10 +189,11 @@ class Scorer:
             return self.combine(shaped, torch.arange(shaped.shape[1]))
         return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
 
-    def evaluate(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(N,) of pictures of different prompts."""
+    def evaluate(self, images: Tensor, prompts: Sequence[str], context: dict[str, Any] | None = None) -> Tensor:
+        """(N,) of pictures of different prompts; `context` goes before what the prompt set knows."""
         with torch.no_grad():
-            context = self.context(prompts) | ({"group_ids": torch.arange(len(prompts))} if self.whole else {})
+            own = {"group_ids": torch.arange(len(prompts))} if self.whole else {}
+            context = self.context(prompts) | (context or {}) | own
             return self.plain(score(self.reward, images, prompts, context).shaped)
 
     def close(self) -> None:

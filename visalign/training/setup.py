@@ -12,11 +12,11 @@ from torch import Tensor
 
 from visalign.generator import Generator
 from visalign.rewards import make_reward
-from visalign.transitions import ode_of
+from visalign.transitions import sampler_of
 
 from . import checkpoint as ckpt
 from .attention import set_attention
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, Extras, evaluate
 from .hacking import MonitorOptions
 from .monitor import Monitor
 from .optimization import apply_gradients, learning_rate
@@ -36,7 +36,7 @@ class Parts:
     average: Average
     optimizer: torch.optim.Optimizer
     scorer: Scorer
-    judges: dict[str, Callable[[Tensor, list[str]], Tensor]]
+    judges: dict[str, Callable[..., Tensor]]
     learning_rate: Callable[[int], float]
     attention: str
     max_grad_norm: float
@@ -65,8 +65,18 @@ class Parts:
         self.images_sampled += images
 
 
-def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
-    """Load the model and the rewards, add what is trained, and put a checkpoint back if the plan has one."""
+def build(
+    cfg: CommonConfig,
+    plan: Plan,
+    accelerator: Accelerator,
+    inputs: Callable[[Generator], dict[str, Any]] | None = None,
+    component: str | None = None,
+) -> Parts:
+    """Load the model and the rewards, add what is trained, and put a checkpoint back if the plan has one.
+
+    `inputs` gives further arguments of the pipeline's calls, for one prompt, where it cannot do without; `component` is
+    the module that is trained, as of `Policy`.
+    """
     sizes = {name: getattr(cfg, name) for name in ("height", "width") if getattr(cfg, name) is not None}
     steps = getattr(cfg, "num_steps", None)
     generator = Generator.from_pretrained(
@@ -79,7 +89,8 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
     )
     if getattr(generator.pipeline, "safety_checker", None) is not None:
         generator.pipeline.safety_checker = None  # it paints pictures black, and a reward must see what was drawn
-    generator.noise(plan.prompts[:1], [0])  # learns which modules denoise, and refuses a pipeline that does not fit
+    further = inputs(generator) if inputs else {}
+    generator.noise(plan.prompts[:1], [0], **further)  # learns which modules denoise; refuses a pipeline that cannot
     attention = set_attention(generator.denoiser, cfg.attention)
     policy = Policy(
         generator,
@@ -89,6 +100,7 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         cfg.gradient_checkpointing,
         cfg.seed,
         getattr(cfg, "policy", "denoiser"),
+        component,
     )
     if cfg.lora:
         load_lora(policy, Path(cfg.lora))
@@ -124,13 +136,23 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
 
 
 def evaluate_average(
-    run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerator, prompts: list[str]
+    run: Run,
+    cfg: CommonConfig,
+    parts: Parts,
+    accelerator: Accelerator,
+    prompts: list[str],
+    *,
+    values: dict[str, Tensor] | None = None,
+    extras: Extras | None = None,
 ) -> Evaluation:
-    """The averaged weights on held-out prompts, without noise in the steps; the same on any number of processes."""
-    with run.stage("evaluate"), parts.policy.swapped(parts.average.values):
+    """The averaged weights on held-out prompts, by their usual sampler; the same on any number of processes.
+
+    `values` are other weights in their place, `extras` as of `evaluate`.
+    """
+    with run.stage("evaluate"), parts.policy.swapped(parts.average.values if values is None else values):
         return evaluate(
             parts.generator,
-            ode_of(parts.generator.schedule),
+            sampler_of(parts.generator.schedule),
             prompts,
             parts.judges,
             seed=cfg.eval_seed,
@@ -138,6 +160,7 @@ def evaluate_average(
             process=accelerator.process_index,
             processes=accelerator.num_processes,
             gather=lambda t: accelerator.gather(t.to(accelerator.device)),
+            extras=extras,
         )
 
 
