@@ -62,7 +62,10 @@ def test_python_blocks_of_the_readme_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "trainers/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+RECIPES = sorted((ROOT / "trainers/recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [p for p in RECIPES if "# For " not in p.read_text()], ids=lambda p: p.stem)
 def test_recipes_resolve_to_a_configuration(recipe):
     from visalign.trainers.flow_grpo import Config
     from visalign.training.config import parse_config

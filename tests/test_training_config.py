@@ -118,9 +118,10 @@ def test_resume_alone_takes_the_options_of_the_run_and_stays_in_its_folder(tmp_p
     assert read("--resume", "nothing").steps == 4
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((Path(flow_grpo.__file__).parent / "recipes").glob("*.yaml")), ids=lambda p: p.stem
-)
+RECIPES = sorted((Path(flow_grpo.__file__).parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [p for p in RECIPES if "# For " not in p.read_text()], ids=lambda p: p.stem)
 def test_recipes_are_valid(recipe):
     cfg = read("--config", recipe, config_class=Config)
     assert asdict(cfg) != asdict(Config())

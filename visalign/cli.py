@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAINERS = {"flow_grpo": "GRPO for flow-matching models (the default)"}
+TRAINERS = {
+    "flow_grpo": "GRPO for flow-matching models (the default)",
+    "vgpo": "a value for each denoising step",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

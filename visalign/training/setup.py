@@ -1,8 +1,9 @@
 """The parts of a training run: built from the plan, put back from a checkpoint, saved to one."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,7 @@ class Parts:
     images_sampled: int = 0
     best: tuple[float, int] | None = None
     before: Evaluation | None = None
+    memory: dict[str, Any] = field(default_factory=dict)  # what a trainer remembers between steps, as JSON can hold it
 
     def apply_gradients(self, accelerator: Accelerator, step: int) -> float:
         """One optimiser update and one of the average, unless a gradient is not finite; returns the gradient norm."""
@@ -133,6 +135,7 @@ def restore(path: Path, parts: Parts) -> None:
     parts.best = tuple(state["best"]) if state["best"] else None
     if parts.monitor is not None and state.get("monitor"):
         parts.monitor.load_state_dict(state["monitor"])
+    parts.memory = state.get("memory", {})
     before = {k: v.double() for k, v in tensors.get("before", {}).items()}
     parts.before = Evaluation(state["before_prompts"], before) if before else None
 
@@ -165,6 +168,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                     "best": parts.best,
                     "ema_updates": parts.average.updates,
                     "monitor": parts.monitor.state_dict() if parts.monitor else None,
+                    "memory": parts.memory,
                     "before_prompts": parts.before.prompts if parts.before else [],
                 },
             )
