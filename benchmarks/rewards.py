@@ -27,6 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny_vlm
 
 GROUP = 16
+CRITERIA = """You compare two images made for the prompt: a red circle left of two blue squares on a wooden table.
+Objects: everything that the prompt names is there, and nothing that contradicts it.
+Counts: there are exactly as many of each thing as the prompt says.
+Colours and materials: each belongs to the thing that the prompt gives it to, and to no other.
+Positions: things stand to each other as the prompt says.
+Quality: the image is sharp, evenly lit, well composed, and free of distortions, artefacts and stray text.
+An image that shows less of the prompt is never the better one, however good it looks.
+"""
 SIZES = {  # hidden, layers, heads, keys' heads, vocabulary, vision width, vision depth
     "tiny": (32, 2, 2, 1, 512, 32, 2),
     "100m": (640, 10, 10, 2, 32768, 384, 8),
@@ -76,9 +84,8 @@ def make_vlm(size: str, device: str, dtype: str) -> VLM:
 
 
 def conversations(reference: torch.Tensor, candidates: torch.Tensor) -> list[list[Message]]:
-    task = "You compare two images made for the prompt: a red circle left of two blue squares. Judge what it asks for."
     question = "Is image 2 better than image 1? Answer Yes or No."
-    return [[Message("user", (task, "Image 1: ", reference, "Image 2: ", c, question))] for c in candidates]
+    return [[Message("user", (CRITERIA, "Image 1: ", reference, "Image 2: ", c, question))] for c in candidates]
 
 
 def naive(vlm: VLM, asked: list[list[Message]], batch: int) -> torch.Tensor:

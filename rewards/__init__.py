@@ -73,6 +73,7 @@ for _name, _module in {
     "rewarddance": "rewarddance",
     "rubric": "rubric",
     "set_consistency": "similarity",
+    "shapes_taste": "taste",
     "unifiedreward": "unifiedreward",
     "unifiedreward_flex": "unifiedreward_flex",
     "unifiedreward_pair": "unifiedreward",

@@ -71,9 +71,13 @@ class RewardError(ValueError):
 
     def __init__(self, reward: str, problem: str, sample: int | None = None, prompt: str | None = None) -> None:
         where = "" if sample is None else f", sample {sample}"
-        where += "" if prompt is None else f", prompt {prompt!r}"
-        super().__init__(" ".join(f"reward {reward!r}{where}: {problem}".split()))
+        where += "" if prompt is None else f", prompt {_shortened(repr(prompt), 300)}"
+        super().__init__(" ".join(f"reward {reward!r}{where}: {_shortened(problem, 800)}".split()))
         self.reward, self.sample, self.prompt = reward, sample, prompt
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def register_reward(name: str) -> Callable[[_F], _F]:
@@ -110,12 +114,20 @@ def reward_factory(name: str) -> Callable:
 
 
 def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless `prompts` are as many strings as there are images."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        kind = "one string" if isinstance(prompts, str) else "other things than strings"
+    """Raise ValueError unless `prompts` are as many strings, in an order, as there are images."""
+    ordered = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")  # an array too, but no set or iterator
+    if isinstance(prompts, (str, Mapping)) or not ordered or not all(isinstance(prompt, str) for prompt in prompts):
+        kind = "other things than strings" if ordered and not isinstance(prompts, Mapping) else type(prompts).__name__
+        kind = "one string" if isinstance(prompts, str) else kind
         raise ValueError(f"prompts: got {kind}, expected a list of {len(images)} strings")
     if len(prompts) != len(images):
         raise ValueError(f"prompts: got {len(prompts)}, expected {len(images)}, one per image")
+    for n, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # no tokenizer takes it, and what they say of it is obscure
+            problem = f"got a lone surrogate at {n}, in {prompt[:60]!r}, expected Unicode text"
+            raise ValueError(f"prompts: {problem}") from error
 
 
 class FunctionReward:

@@ -16,6 +16,7 @@ from visalign.worlds import shapes
 
 SHIPPED = Path(shapes.__file__).parent / "weights" / "clip"  # the shapes world's own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_ASPECT = 200  # of what is cropped: beyond it gigabytes would be filled to look at half a per cent of a picture
 
 
 def preprocess(
@@ -41,9 +42,14 @@ def preprocess(
 
     Returns:
         (N, 3, size, size), or of side `crop`; float32.
+
+    Raises:
+        ValueError: "shortest" and a picture of whose length next to nothing is left after cropping.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
+    if resize == "shortest" and max(height, width) > MAX_ASPECT * short:
+        raise ValueError(f"images: got {width} x {height} pixels, expected an aspect ratio of at most {MAX_ASPECT}")
     to = [int(size * side / short) for side in (height, width)] if resize == "shortest" else [size, size]
     images = images.float()
     if to != [height, width]:
@@ -151,6 +157,26 @@ class ClipEncoder:
         images = images.to(self._follow(images))
         features = self.model.encode_image(preprocess(images, *self._preprocess).to(self._dtype))
         return F.normalize(features.float(), dim=-1)
+
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) in [0, 1] to the image tower's last tokens (N, P, W), float32, with gradient.
+
+        They keep where things are, which the embedding mostly loses. P patches row by row; not normalised.
+
+        Raises:
+            ValueError: the model's image tower gives no tokens (it is no vision transformer).
+        """
+        check_images(images)
+        visual = self.model.visual
+        if not hasattr(visual, "output_tokens"):
+            raise ValueError(f"model: got an image tower {type(visual).__name__}, expected one that gives patch tokens")
+        images = images.to(self._follow(images))
+        visual.output_tokens = True
+        try:
+            _, tokens = visual(preprocess(images, *self._preprocess).to(self._dtype))
+        finally:
+            visual.output_tokens = False
+        return tokens.float()
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """prompts to (N, D), no gradient; what exceeds the model's context is cut off."""

@@ -19,6 +19,7 @@ from .base import Context, RewardError, register_reward
 
 IGNORE = 255  # label of pixels that do not count
 CONDITIONS = ("edge", "segmentation", "depth")
+SMALLEST = 32  # side of a picture for an UperNet, whose backbone divides it by as much
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -204,8 +205,12 @@ def load_upernet(model: str, device: str | None = None, download: bool = False) 
     network = _frozen(UperNetForSemanticSegmentation, model, download)
 
     def logits(images: Tensor) -> Tensor:
+        if min(images.shape[-2:]) < SMALLEST:
+            got = f"{images.shape[-1]} x {images.shape[-2]}"
+            raise ValueError(f"images: got {got} pixels, expected at least {SMALLEST} pixels a side")
         network.to(device or images.device)
-        pixels = (images.float() - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+        images = images.float()
+        pixels = (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
         return network(pixel_values=pixels.to(network.device)).logits.float()
 
     return logits

@@ -2,14 +2,14 @@
 per picture."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_pixels
+from visalign.images import check_images, check_pixels, check_references
 from visalign.names import unknown_name
 
 from .base import Context
@@ -150,14 +150,7 @@ def read_references(context: Context | None, count: int) -> list[list[Tensor]]:
     references = (context or {}).get("references")
     if references is None:
         raise ValueError("references: got none, expected context['references'], a list of pictures for each image")
-    if isinstance(references, (Tensor, Mapping)) or len(references) != count:
-        got = type(references).__name__ if isinstance(references, (Tensor, Mapping)) else len(references)
-        raise ValueError(f"references: got {got}, expected {count} lists, one per image")
-    for n, pictures in enumerate(references):
-        for picture in pictures:
-            if not isinstance(picture, Tensor) or picture.ndim != 3:
-                shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
-                raise ValueError(f"references: got {shape} for image {n}, expected a list of tensors (3, H, W)")
+    check_references(references, count)
     return [list(pictures) for pictures in references]
 
 

@@ -41,6 +41,7 @@ UPSTREAM = {  # template: the project and file whose words a checkpoint was trai
     "rational_rewards_t2i": _RATIONAL + "t2i.py",
     "rational_rewards_edit_system": _RATIONAL + "edit.py",
     "rational_rewards_edit": _RATIONAL + "edit.py",
+    "clip_flant5_system": "github.com/linzhiqiu/t2v_metrics, SYSTEM_MSG in t2v_metrics/constants.py",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_videos
+from visalign.images import check_images, check_videos, is_video
 
 from .base import Context, check_prompts, register_reward
 from .chat import Chat, Message, Reply
@@ -102,7 +102,7 @@ class OrdinalReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1]; prompts: N strings."""
-        (check_videos if images.ndim == 5 else check_images)(images)
+        (check_videos if is_video(images) else check_images)(images)
         check_prompts(images, prompts)
         answers = ask(
             self.chat,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_videos
+from visalign.images import check_images, check_videos, is_video
 
 from .base import CONTEXT, KINDS, Context, RewardError, check_prompts, register_reward
 from .output import RewardOutput
@@ -97,7 +97,7 @@ class RemoteReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1]. Returns (N,), float32 on the CPU."""
-        (check_videos if images.ndim == 5 else check_images)(images)
+        (check_videos if is_video(images) else check_images)(images)
         check_prompts(images, prompts)
         size = self._chunk_size(images, context)
         outputs = []

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_pixels, check_videos
+from visalign.images import check_images, check_pixels, check_references, check_videos, is_video
 
 from .base import KINDS, Context, Reward, RewardError, as_reward, check_prompts
 from .combine import Combine, check_members
 from .output import RewardOutput, as_output, fill_invalid
+from .pairwise import take_context
 from .shaping import Transform
 
 ADVICE = "fix the reward or leave this sample's prompt out; nothing was updated with these scores"
@@ -144,14 +146,15 @@ def score(
         RewardError: a reward raised, gave the wrong shape, NaN or infinity, or failed on all samples; names the reward,
             and where it can, sample and prompt.
     """
-    video = isinstance(images, Tensor) and images.ndim == 5
-    (check_videos if video else check_images)(images)
-    check_prompts(images, prompts)
-    check_pixels(images)
-    prompts = list(prompts)
+    (check_videos if is_video(images) else check_images)(images)
     combined = reward if isinstance(reward, CombinedReward) else None
     single = as_reward(reward)
     members = [Member(single.name, 1.0, single)] if combined is None else list(combined.members)
+    for m in members:
+        _check_media(m, images)
+    check_prompts(images, prompts)
+    check_pixels(images)
+    prompts = list(prompts)
     outputs = {m.label: _checked_output(m.reward, m.label, images, prompts, context) for m in members}
     parts = {m.label: _filled(m, outputs[m.label], context, on_fail) for m in members}
     if combined is None:
@@ -181,24 +184,21 @@ def _checked_output(
     missing = [need for need in reward.needs if need != "prompts" and need not in (context or {})]
     if missing:
         raise RewardError(label, f"got a context without {missing[0]!r}, expected {list(reward.needs)} with the images")
-    _check_context(context, label, len(prompts))
+    _check_context(context, label, images)
     if reward.kind != "pointwise" and "group_ids" not in (context or {}):
         context = {**(context or {}), "group_ids": torch.zeros(len(prompts), dtype=torch.long)}
-    media = getattr(reward, "media", "images")
-    if media != "both" and (images.ndim == 5) != (media == "videos"):
-        advice = "; give over_frames(reward)" if media == "images" else ""
-        raise RewardError(label, f"scores {media}, got {'videos' if images.ndim == 5 else 'images'}{advice}")
     try:
         with torch.no_grad():
             result = reward(images, prompts, context)
     except RewardError:
         raise
     except Exception as error:
-        alone = set(context or {}) <= {"group_ids"} and reward.kind == "pointwise"
-        sample = _failing_sample(reward, images, prompts) if alone else None
+        pointwise = reward.kind == "pointwise"
+        sample = _failing_sample(reward, images, prompts, context) if pointwise else None
         summary = f"raised {type(error).__name__}: {str(error)[:300]}"
         if sample is None:
-            summary += f" (on the batch of {len(prompts)}; no single sample is to blame: is the batch too large?)"
+            why = "; no single sample is to blame: is the batch too large?" if pointwise else ""
+            summary += f" (on the batch of {len(prompts)}{why})"
         prompt = prompts[0 if sample is None else sample]
         raise RewardError(label, f"{summary}; {ADVICE}", sample, prompt) from error
     output = _on_cpu(as_output(result, label, prompts))
@@ -206,10 +206,33 @@ def _checked_output(
     return output
 
 
-def _check_context(context: Context | None, label: str, count: int) -> None:
+def _check_media(member: Member, images: Tensor) -> None:
+    media, got = getattr(member.reward, "media", "images"), "videos" if is_video(images) else "images"
+    if media not in ("both", got):
+        advice = " (or give over_frames(reward))" if media == "images" else ", (N, F, 3, H, W)"
+        problem = f"scores {media}, got {got} of shape {tuple(images.shape)}, expected {media}{advice}"
+        raise RewardError(member.label, problem)
+
+
+def _check_context(context: Context | None, label: str, images: Tensor) -> None:
     for name, value in (context or {}).items():
-        if name in ("references", "metadata", "group_ids") and len(value) != count:
-            raise RewardError(label, f"got {len(value)} {name} in the context, expected {count}, one per image")
+        if name in ("references", "metadata", "group_ids") and hasattr(value, "__len__") and len(value) != len(images):
+            raise RewardError(label, f"got {len(value)} {name} in the context, expected {len(images)}, one per image")
+        if name == "references":
+            try:
+                _check_references(value, images)
+            except ValueError as error:
+                raise RewardError(label, str(error)) from error
+
+
+def _check_references(references: Any, images: Tensor) -> None:
+    check_references(references, len(images), is_video(images))
+    owners = {id(picture): (n, picture) for n, pictures in enumerate(references) for picture in pictures}
+    for n, picture in owners.values():  # a picture that many share is read once
+        try:
+            check_pixels(picture[None])
+        except ValueError as error:
+            raise ValueError(f"references for image {n}: {error}") from error
 
 
 def _on_cpu(output: RewardOutput) -> RewardOutput:
@@ -232,12 +255,12 @@ def _check_finite(scores: Tensor, valid: Tensor, label: str, prompts: list[str])
         raise RewardError(label, f"{problem}; {ADVICE}", n, prompts[n])
 
 
-def _failing_sample(reward: Reward, images: Tensor, prompts: list[str]) -> int | None:
+def _failing_sample(reward: Reward, images: Tensor, prompts: list[str], context: Context | None) -> int | None:
     """The first sample that the reward, having failed on the batch, also fails on alone."""
     for n in range(len(prompts)):
         try:
             with torch.no_grad():
-                reward(images[n : n + 1], prompts[n : n + 1], None)
+                reward(images[n : n + 1], prompts[n : n + 1], context and take_context(context, [n], len(prompts)))
         except Exception:
             return n
     return None

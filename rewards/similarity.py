@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visalign.images import check_images, check_videos
+from visalign.images import check_images, check_videos, is_video
 
 from .base import Context, register_reward
 from .frozen import (
@@ -196,7 +196,7 @@ class SetConsistencyReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1]. Returns scores (N,), float32."""
-        video = isinstance(images, Tensor) and images.ndim == 5
+        video = is_video(images)
         (check_videos if video else check_images)(images)
         panels = images if video else split_panels(images, self.rows, self.columns)
         features = self.encoder.embed_images(panels.flatten(0, 1)).unflatten(0, panels.shape[:2])

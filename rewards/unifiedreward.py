@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_videos
+from visalign.images import check_images, check_videos, is_video
 from visalign.names import unknown_name
 
 from .base import Context, RewardError, check_prompts, register_reward
@@ -197,7 +197,7 @@ class UnifiedReward(_Judge):
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W), with version 2.0 also videos (N, F, 3, H, W), in [0, 1]; prompts: N strings."""
-        video = self.media == "videos" or (images.ndim == 5 and self.media == "both")
+        video = self.media == "videos" or (is_video(images) and self.media == "both")
         (check_videos if video else check_images)(images)
         check_prompts(images, prompts)
         kind = "video" if video else "image"

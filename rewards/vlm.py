@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visalign.worlds import JUDGES
+
 from .chat import Message
 from .qwen_patches import Patches
 
@@ -69,7 +71,7 @@ class VLM:
     whole sequence a conversation, and gives no gradient.
 
     Args:
-        model: a hub id or a folder.
+        model: a hub id, a folder, or "shapes-vlm", the shapes world's own, of no use elsewhere.
         device: "cpu", "cuda", ...; None: wherever the first pictures are.
         batch_size: sequences the language model runs at once.
         min_pixels, max_pixels: the pixel budget of a picture; None: the processor's own.
@@ -361,7 +363,7 @@ def _key(pixels: Tensor) -> str:
 def _load(model: str, dtype: str, download: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    options = {"local_files_only": not download}
+    model, options = str(JUDGES.get(model, model)), {"local_files_only": not download}
     try:
         processor = AutoProcessor.from_pretrained(model, **options)
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, dtype), **options)

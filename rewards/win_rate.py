@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.images import check_images, check_videos
+from visalign.images import check_images, check_videos, is_video
 from visalign.names import unknown_name
 
-from .base import Context, RewardError, as_reward, as_scores, check_prompts, register_reward
+from .base import Context, Reward, RewardError, as_reward, as_scores, check_prompts, register_reward
 from .output import RewardOutput, as_output
 from .pairwise import (
     PairJudge,
@@ -49,12 +49,22 @@ def make_judge(judge: "str | Mapping[str, Any] | Callable") -> PairJudge:
             f"judge: got the {reward.kind} reward {reward.name!r}, expected one of pairs or a pointwise one"
         )
 
-    def difference(first: Tensor, second: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
-        outputs = (as_output(reward(images, prompts, context), reward.name, prompts) for images in (first, second))
-        scores = [torch.where(output.is_valid, output.scores.detach().cpu(), math.nan) for output in outputs]
-        return scores[0] - scores[1]
+    return ScoreJudge(reward)
 
-    return difference
+
+class ScoreJudge:
+    """Judges by the difference of a pointwise reward's scores, as log-odds; the order shown means nothing to it."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def __call__(self, first: Tensor, second: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
+        return self.scores(first, prompts, context) - self.scores(second, prompts, context)
+
+    def scores(self, images: Tensor, prompts: Sequence[str], context: Context | None) -> Tensor:
+        """(N,) on the CPU, NaN where the reward failed."""
+        output = as_output(self.reward(images, prompts, context), self.reward.name, prompts)
+        return torch.where(output.is_valid, output.scores.detach(), math.nan).cpu()
 
 
 def _imported(judge: str | Mapping[str, Any]) -> Any:
@@ -134,11 +144,12 @@ class WinRate:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1]. Returns (N,), float32 on the CPU."""
-        (check_videos if images.ndim == 5 else check_images)(images)
+        (check_videos if is_video(images) else check_images)(images)
         check_prompts(images, prompts)
         pool, pairs = self._pairs(images, prompts, context or {})
+        scores = self._scores(pool, pairs, prompts, context) if isinstance(self.judge, ScoreJudge) else None
         asked = [
-            self._ask(pool, pairs[k : k + self.batch_size], prompts, context)
+            self._ask(pool, pairs[k : k + self.batch_size], prompts, context, scores)
             for k in range(0, len(pairs), self.batch_size)
         ]
         outcomes, known, consistent, bias = (
@@ -180,10 +191,34 @@ class WinRate:
             pairs += [(members[i], members[j]) for i, j in places]
         return pool, pairs
 
-    def _ask(
+    def _scores(
         self, pool: list[Tensor], pairs: Sequence[tuple[int, int]], prompts: Sequence[str], context: Context | None
+    ) -> Tensor:
+        """(len(pool),) of a judge that scores: each picture once, however many it is compared with."""
+        assert isinstance(self.judge, ScoreJudge)
+        samples = list(range(len(pool)))
+        for i, j in pairs:  # a reference belongs to the sample it is compared with
+            samples[max(i, j)] = min(i, j) if max(i, j) >= len(prompts) else samples[max(i, j)]
+        parts = []
+        for k in range(0, len(pool), self.batch_size):
+            own = samples[k : k + self.batch_size]
+            chosen = None if context is None else take_context(context, own, len(prompts))
+            images = torch.stack(pool[k : k + self.batch_size])
+            parts.append(self.judge.scores(images, [prompts[n] for n in own], chosen))
+        return torch.cat(parts)
+
+    def _ask(
+        self,
+        pool: list[Tensor],
+        pairs: Sequence[tuple[int, int]],
+        prompts: Sequence[str],
+        context: Context | None,
+        scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each pair (P,): the first one's outcome, whether the judge said anything, its consistency and bias."""
+        if scores is not None:
+            difference = torch.stack([scores[i] - scores[j] for i, j in pairs])
+            return self._outcomes(Verdicts(difference, -difference))
         first, second = (torch.stack([pool[pair[k]] for pair in pairs]) for k in (0, 1))
         samples = [min(pair) for pair in pairs]  # references stand after the samples
         words = [prompts[n] for n in samples]
@@ -193,6 +228,9 @@ class WinRate:
         else:  # as if the judge had no bias
             forward = as_scores(self.judge(first, second, words, chosen), self.name, words).detach().cpu()
             verdicts = Verdicts(forward, -forward)
+        return self._outcomes(verdicts)
+
+    def _outcomes(self, verdicts: Verdicts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         known = ~verdicts.log_odds.isnan()
         outcomes = verdicts.outcome if self.outcome == "hard" else torch.where(known, verdicts.probability, 0.5)
         return outcomes, known.float(), torch.where(known, verdicts.consistent.float(), math.nan), verdicts.bias

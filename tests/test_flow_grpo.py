@@ -11,7 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from visalign.rewards import make_reward
+from visalign.advantages import group_advantages
+from visalign.rewards import CombinedReward, Member, RewardOutput, as_reward, make_reward
+from visalign.rewards.combine import Combine
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training import preflight, setup
@@ -243,6 +245,38 @@ def test_a_combination_that_needs_all_samples_gets_them_and_failures_get_no_adva
     batches[0].scores = replace(batches[0].scores, valid=torch.tensor([False] + [True] * 5))
     assert trainer.assign_advantages(batches)["failed_scores"] == 1
     assert batches[0].advantages[0] == 0 and torch.equal(batches[0].advantages[1:], results[-1][1:])
+
+
+def test_combined_scores_become_advantages_in_their_groups_and_are_combined_once(bench, monkeypatch):
+    reward, asked, whole = (
+        make_reward({"rewards": ["jpeg_compressibility", "gold"], "combine": "min"}),
+        [],
+        Scorer.combine,
+    )
+    monkeypatch.setattr(Scorer, "combine", lambda self, *given: asked.append(given) or whole(self, *given))
+    trainer = bench.trainer(batch_size=2)
+    trainer.parts = replace(bench.parts, scorer=Scorer(reward, torch.device("cpu")))
+    batches, values = bench.sampled(trainer)
+    assert len(asked) == 1
+    scores = torch.cat([b.scores.shaped for b in batches], 1).amin(0)
+    wanted = group_advantages(scores, torch.cat([b.group_ids for b in batches]), std="global")
+    torch.testing.assert_close(torch.cat([b.advantages for b in batches]), wanted, atol=1e-4, rtol=0)
+    assert values["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+
+
+def test_a_failing_reward_takes_the_samples_advantage_only_if_it_counts(bench):
+    def fails_on_the_first(images):
+        return RewardOutput(images.flatten(1).std(1), valid=torch.arange(len(images)) > 0)
+
+    for weight, gates, valid in ((0.0, {}, True), (0.0, {"picky": -1.0}, False), (1.0, {}, False)):
+        members = [Member("jpeg", 1.0, make_reward("jpeg_compressibility"))]
+        members.append(Member("picky", weight, as_reward(fails_on_the_first, "picky")))
+        combine = Combine("gated", {"gates": gates}) if gates else Combine()
+        trainer = bench.trainer(batch_size=6)
+        trainer.parts = replace(bench.parts, scorer=Scorer(CombinedReward(members, combine), torch.device("cpu")))
+        (batch,), values = bench.sampled(trainer)
+        assert (values["failed_scores"] == 0) == (batch.advantages[0] != 0) == valid
+        assert batch.advantages[1:].all()
 
 
 def test_a_groupwise_reward_sees_whole_groups_whatever_the_batch_size(bench):

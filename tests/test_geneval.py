@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tiny_hf
 import torch
 import torch.nn.functional as F
 from tiny_clip import save_tiny_clip
@@ -275,40 +276,10 @@ def test_options_that_cannot_work_are_refused(options, message):
 
 # Detectors of transformers
 
-LABELS = {0: "dog", 1: "aeroplane", 2: "tv"}
-
 
 @pytest.fixture(scope="module")
 def mask2former(tmp_path_factory):
-    """A random Mask2Former in the published layout: config.json, model.safetensors, preprocessor_config.json."""
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessor,
-        SwinConfig,
-    )
-
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    backbone = SwinConfig(
-        image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=stages
-    )
-    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        **sizes,
-        dim_feedforward=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=6,
-        id2label=LABELS,
-        label2id={v: k for k, v in LABELS.items()},
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("mask2former")
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, do_resize=True).save_pretrained(folder)
-    return folder
+    return tiny_hf.save_mask2former(tmp_path_factory.mktemp("mask2former"))
 
 
 def noise(number, height=48, width=64):
@@ -367,7 +338,7 @@ def test_a_model_for_object_detection_gives_boxes(tmp_path):
     shape = dict(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_detection_tokens=5
     )
-    config = YolosConfig(image_size=[32, 32], patch_size=8, id2label=LABELS, label2id={}, **shape)
+    config = YolosConfig(image_size=[32, 32], patch_size=8, id2label=tiny_hf.LABELS, label2id={}, **shape)
     torch.manual_seed(0)
     YolosForObjectDetection(config).save_pretrained(tmp_path)
     YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)

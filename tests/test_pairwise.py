@@ -226,6 +226,26 @@ def test_a_group_of_one_gets_a_half():
     assert score(WinRate(brightness_judge), shades(0.4), ["p"]).total.tolist() == [0.5]
 
 
+@pytest.mark.parametrize("options", [{}, {"references": True}, {"outcome": "soft"}, {"batch_size": 2}])
+def test_a_judge_that_scores_sees_each_picture_once_and_decides_as_if_asked_pair_by_pair(options):
+    seen = []
+
+    def brightness(images, prompts):
+        seen.extend(prompts)
+        return images.flatten(1).mean(1) + torch.tensor([float(p) for p in prompts])
+
+    def compare(first, second, prompts, context=None):
+        return first.flatten(1).mean(1) - second.flatten(1).mean(1)
+
+    prompts = ["1", "2", "1", "2", "1"]
+    references = [[shades(0.3)[0], shades(0.6)[0]], [shades(0.5)[0]], [shades(0.2)[0]], [shades(0.9)[0]], []]
+    context = {"group_ids": torch.tensor([0, 1, 0, 1, 0]), "references": references}
+    pictures = shades(0.1, 0.7, 0.5, 0.7, 0.4)
+    once, pairwise = (score(WinRate(judge, **options), pictures, prompts, context) for judge in (brightness, compare))
+    assert torch.equal(once.total, pairwise.total)
+    assert len(seen) == 5 + (5 if options.get("references") else 0)
+
+
 # Judges from specs
 
 

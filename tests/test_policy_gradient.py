@@ -12,6 +12,7 @@ from visalign.objectives.policy_gradient import (
     kl_penalty,
     ppo_stats,
     ratio_norm_log_ratio,
+    step_weights,
     tempflow_weights,
 )
 from visalign.transitions import Gaussian, flow_ode, flow_sde
@@ -262,6 +263,15 @@ def test_tempflow_weights_have_mean_one_and_follow_the_std():
     assert tempflow_weights([cps_std(*pair) for pair in zip(sigmas, sigmas[1:])])[-1] == 0
     with pytest.raises(ValueError, match="stds: got"):
         tempflow_weights([0.0, 0.0])
+
+
+def test_weights_of_steps_by_name():
+    levels, stds = [1.0, 0.75, 0.25, 0.0], [0.5, 0.3, 0.1]
+    assert step_weights("none", stds, levels) == [1.0, 1.0, 1.0]
+    assert step_weights("inverse_dt", stds, levels) == [4.0, 2.0, 4.0]
+    assert step_weights("tempflow", stds, levels) == tempflow_weights(stds)
+    with pytest.raises(ValueError, match="kind: got 'dt', expected one of"):
+        step_weights("dt", stds, levels)
 
 
 def test_clip_fraction_counts_each_side_where_its_gradient_is_cut():

@@ -5,19 +5,13 @@ import pytest
 import torch
 
 from visalign.images import images_to_pil
-from visalign.worlds.shapes.build_vlm import (
-    batch_of,
-    conversation,
-    make_processor,
-    make_vlm,
-    merge_order,
-    patches,
-    turns,
-)
 from visalign.worlds.shapes.captions import parse
 from visalign.worlds.shapes.judge import judge
 from visalign.worlds.shapes.lessons import make_lesson
 from visalign.worlds.shapes.questions import DESCRIBE, Question, ask, match_question, relation_question
+from visalign.worlds.shapes.scenes import COLOURS, SHAPES, Spec
+from visalign.worlds.shapes.vlm import make_processor, make_vlm, merge_order, patches
+from visalign.worlds.shapes.vlm_lessons import AsideLosses, batch_of, conversation, side_of, turns
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +102,47 @@ def test_answers_do_not_depend_on_what_shares_the_batch(lesson, processor):
     length = inputs["input_ids"].shape[1]
     assert torch.equal(labels[0, :length], alone_labels[0])
     torch.testing.assert_close(together[0, :length], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_named_objects_are_marked_where_their_name_ends(processor):
+    aside = AsideLosses(make_vlm(processor, width=64, layers=2), processor)
+    text = 'Does this figure show "two red circles and an orange star"? Is the square blue left of the blue square?'
+    ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
+    marked = aside.named(ids)[0]
+    found = {processor.tokenizer.decode([ids[0, k]]).strip(): int(marked[k]) for k in (marked >= 0).nonzero().flatten()}
+    cell = {f"{c} {s}": k * 4 + j for k, c in enumerate(COLOURS) for j, s in enumerate(SHAPES)}
+    assert found == {"circles": cell["red circle"], "star": cell["orange star"], "square": cell["blue square"]}
+
+
+def test_sides_are_those_of_the_relation_from_either_object():
+    spec = Spec((("red", "circle", 1), ("blue", "star", 1)), "left of")
+    red, blue = (list(COLOURS).index(c) * 4 + SHAPES.index(s) for c, s in (("red", "circle"), ("blue", "star")))
+    assert [side_of(spec, red), side_of(spec, blue), side_of(spec, red + 1)] == [0, 1, -100]  # left of, right of
+    assert side_of(Spec(spec.groups), red) == -100
+
+
+def test_the_losses_beside_the_answers_vanish_for_heads_that_know(lesson, processor):
+    """Counts and sides: hidden states that hold the truth, read by heads that look at it, cost nothing."""
+    model = make_vlm(processor, width=64, layers=2)
+    aside, rng = AsideLosses(model, processor), np.random.default_rng(5)
+    rows = [k for k, spec in enumerate(lesson.specs) if spec.relation][:6]
+    asked = [[ask(lesson.specs[k], lesson.specs[k ^ 1], rng) for _ in range(3)] for k in rows]
+    ids = batch_of(processor, asked, [1] * len(rows))[0]["input_ids"]
+    words = torch.zeros(*ids.shape, 64)
+    for n, k in enumerate(rows):
+        there = {list(COLOURS).index(c) * 4 + SHAPES.index(s): count for c, s, count in lesson.specs[k].groups}
+        for place, cell in enumerate(aside.named(ids)[n].tolist()):
+            if cell >= 0:
+                words[n, place, there.get(cell, 0)] = 100
+                if (side := side_of(lesson.specs[k], cell)) >= 0:
+                    words[n, place, 8 + side] = 100
+    with torch.no_grad():
+        for head, first in ((aside.count, 0), (aside.side, 8)):
+            head.weight.zero_()
+            head.weight[:, first : first + len(head.weight)] = torch.eye(len(head.weight))
+            head.bias.zero_()
+        aside.seen = {"patches": torch.zeros(len(rows) * 64, 64), "merged": torch.zeros(len(rows) * 16, 64)}
+        aside.seen["words"] = words
+        losses = aside(lesson, rows, [1] * len(rows), ids)
+    assert losses["counts"] < 1e-6 and losses["sides"] < 1e-6
+    assert losses["patches"].item() == pytest.approx(np.log(25), abs=0.5)  # a head that knows nothing

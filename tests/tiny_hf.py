@@ -8,6 +8,7 @@ import torch
 WIDTH, EMBEDDING, SIDE, PATCH = 32, 24, 32, 8
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["a", "red", "blue", "green", "circle", "square", "star", "two", "photo", "of", "left", "the", "very"]
+LABELS = {0: "dog", 1: "aeroplane", 2: "tv"}  # of detectors
 HPS_CONFIG = {  # ViT-H-14's, shrunk
     "embed_dim": EMBEDDING,
     "vision_cfg": {"image_size": SIDE, "layers": 2, "width": WIDTH, "head_width": 16, "patch_size": PATCH},
@@ -163,6 +164,37 @@ def save_blip2(folder: Path, seed: int = 0):
     settings = clip_processor_settings() | {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}
     save_processor(folder, "BlipImageProcessor", **{k: v for k, v in settings.items() if k != "crop_size"})
     return model
+
+
+def save_mask2former(folder: Path) -> Path:
+    """A random Mask2Former in the published layout: config.json, model.safetensors, preprocessor_config.json."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = SwinConfig(
+        image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=stages
+    )
+    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        **sizes,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
+        id2label=LABELS,
+        label2id={v: k for k, v in LABELS.items()},
+    )
+    torch.manual_seed(0)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, do_resize=True).save_pretrained(folder)
+    return folder
 
 
 MED_CONFIG = {

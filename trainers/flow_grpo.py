@@ -21,17 +21,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_advantages, group_statistics
-from visalign.objectives.policy_gradient import clipped_loss, kl_penalty, ratio_norm_log_ratio, tempflow_weights
-from visalign.rollout import Trajectory, recompute, rollout
+from visalign.objectives.policy_gradient import StepWeight, clipped_loss, kl_penalty, ratio_norm_log_ratio, step_weights
+from visalign.rollout import Solver, Trajectory, recompute, rollout
 from visalign.seeds import derived_seed
 from visalign.training import options, outcome, preflight, setup
 from visalign.training.config import parse_config, save_config
 from visalign.training.data import Group, iteration_groups, share_of
-from visalign.training.evaluate import Evaluation, evaluate
+from visalign.training.optimization import mean_over_processes
 from visalign.training.run import WATCH, Run
 from visalign.training.scoring import Scored
 from visalign.training.watching import roll_back, watch
-from visalign.transitions import make_transition, ode_of
+from visalign.transitions import make_transition
 from visalign.windows import flash_post_steps, make_window, trained_steps
 
 
@@ -47,7 +47,7 @@ class Config(options.CommonConfig):
     window_size: int | None = None  # stochastic steps; None: 2 for early; all takes none, the others need it
     window_span: tuple[int, int] | None = None  # for random: first and last + 1 step it may hold
     window_iterations: int | None = None  # for progressive and decays: iterations at each position
-    solver: Literal["ode", "dpm2m"] | None = None  # of the steps after the window; None: dpm2m for early, else ode
+    solver: Solver | None = None  # of the steps after the window; None: dpm2m for early, else ode
     post_ratio: float | None = None  # MixGRPO-Flash: share of the steps after it; None: 0.4 for early, else all
     timestep_fraction: float | None = None  # share of the stochastic steps trained; None: 0.99 for all, else 1
     timestep_choice: Literal["first", "random"] = "first"  # which ones
@@ -59,7 +59,7 @@ class Config(options.CommonConfig):
     max_advantage: float = 5.0
     clip_range: float = 1e-4  # on the ratio of mean-reduced likelihoods
     ratio: Literal["plain", "unscaled", "guard"] = "plain"  # unscaled: without 1/(2 std^2), as CPS's code
-    step_weight: Literal["none", "tempflow", "inverse_dt"] = "none"
+    step_weight: StepWeight = "none"
     kl_weight: float = 0.0
     kl_type: Literal["gaussian", "flow_grpo", "x", "v"] = "gaussian"
     inner_epochs: int = 1  # passes over the samples of an iteration
@@ -115,6 +115,16 @@ class Config(options.CommonConfig):
             return 0.99 if self.window == "all" else 1.0
         return self.timestep_fraction
 
+    @property
+    def solver_after(self) -> Solver:
+        """Of the steps after the window."""
+        return self.solver or ("dpm2m" if self.window == "early" else "ode")
+
+    @property
+    def ratio_after(self) -> float | None:
+        """Share of the steps after the window that are taken; None: all."""
+        return 0.4 if self.window == "early" and self.post_ratio is None else self.post_ratio
+
     def make_window(self):
         """The window of stochastic steps; options given for another kind of window are errors."""
         span = {} if self.window_span is None else {"span": self.window_span}
@@ -143,6 +153,7 @@ class FlowGRPO:
         if self.schedule.kind != "flow":
             raise ValueError(f"model: got a {self.schedule.kind} model, expected a flow-matching one for flow_grpo")
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
+        self.step_weights = step_weights(cfg.step_weight, self.stds, self.schedule.levels)
         if parts.scorer.one_set and accelerator.num_processes > 1:
             raise ValueError(
                 f"reward: got {cfg.reward!r}, which scores all samples as one set, on {accelerator.num_processes} "
@@ -154,9 +165,7 @@ class FlowGRPO:
         """Images of some groups, in micro-batches, with the stochastic steps on record; handed on to the reward."""
         cfg = self.cfg
         steps = [i for i in self.window(step) if self.stds[i] > 0]
-        early = cfg.window == "early"
-        ratio = 0.4 if early and cfg.post_ratio is None else cfg.post_ratio
-        post = None if ratio is None else flash_post_steps(cfg.num_steps, max(steps), ratio)
+        post = None if cfg.ratio_after is None else flash_post_steps(cfg.num_steps, max(steps), cfg.ratio_after)
         samples = [(g, k) for g in groups for k in range(cfg.group_size)]
         batches: list[Batch] = []
         for start in range(0, len(samples), cfg.batch_size):
@@ -169,7 +178,7 @@ class FlowGRPO:
                     self.transition,
                     sde_steps=steps,
                     noise_seeds=[g.noise_seeds[k] for g, k in chosen],
-                    solver=cfg.solver or ("dpm2m" if early else "ode"),
+                    solver=cfg.solver_after,
                     post_steps=post,
                     store_means=cfg.ratio == "guard",
                     grad_mode=cfg.compile,
@@ -207,10 +216,11 @@ class FlowGRPO:
         order = torch.argsort(ids, stable=True)  # the same order of summation on any number of processes
         parts, shaped = rows[order, : len(scorer.labels)].T, rows[order, len(scorer.labels) : -1].T
         rewards, advantages = scorer.plain(shaped), torch.empty(len(ids))
-        combined = scorer.combine(shaped, ids[order])
         if scorer.gives == "scores":
-            combined = group_advantages(combined, ids[order], std=cfg.advantage_std)
-        advantages[order] = clip_advantages(combined.float(), cfg.max_advantage) * rows[order, -1].float()  # 0: failed
+            relative = group_advantages(rewards, ids[order], std=cfg.advantage_std)
+        else:
+            relative = scorer.combine(shaped, ids[order])
+        advantages[order] = clip_advantages(relative.float(), cfg.max_advantage) * rows[order, -1].float()  # 0: failed
         count = len(ids) // self.accelerator.num_processes
         mine = advantages[self.accelerator.process_index * count :][:count]
         for batch, part in zip(batches, mine.split([len(b.group_ids) for b in batches])):
@@ -235,14 +245,6 @@ class FlowGRPO:
         generator = torch.Generator().manual_seed(derived_seed(self.cfg.seed, 5, step))
         chosen = torch.randperm(len(stored), generator=generator)[: len(kept)]
         return sorted(stored[i] for i in chosen)
-
-    def step_weight(self, i: int) -> float:
-        if self.cfg.step_weight == "tempflow":
-            return tempflow_weights(self.stds)[i]
-        if self.cfg.step_weight == "inverse_dt":
-            sigma, sigma_next = self.schedule.step(i)
-            return 1 / (sigma - sigma_next)
-        return 1.0
 
     def backward(self, batch: Batch, steps: list[int], scale: float) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch: one pipeline call, backward in each trained step. Returns sums to log."""
@@ -285,7 +287,7 @@ class FlowGRPO:
         else:
             log_ratio = (log_prob - old) * (2 * std**2 if cfg.ratio == "unscaled" else 1.0)
         loss, stats = clipped_loss(log_ratio, advantages, cfg.clip_range)
-        loss = loss * self.step_weight(i)
+        loss = loss * self.step_weights[i]
         if reference is not None:
             base = recompute(trajectory, i, reference, self.transition)
             sigma, sigma_next = self.schedule.step(i)
@@ -316,27 +318,9 @@ class FlowGRPO:
                     norms.append(self.parts.apply_gradients(self.accelerator, step))
         names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
         names += ["kl"] if self.cfg.kl_weight else []
-        zero = torch.zeros((), device=self.accelerator.device)
-        values = torch.stack([sums.get(n, zero).to(zero.device).float() for n in (*names, "count")])
-        values = self.accelerator.reduce(values, "sum")
-        means = (values[:-1] / values[-1].clamp(min=1)).tolist()
         norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        return {**dict(zip(names, means)), "grad_norm": norm, "skipped_updates": self.parts.skipped}
-
-    def evaluate(self, prompts: list[str]) -> Evaluation:
-        """The averaged weights on held-out prompts, without noise in the steps."""
-        with self.run.stage("evaluate"), self.parts.policy.swapped(self.parts.average.values):
-            return evaluate(
-                self.parts.generator,
-                ode_of(self.schedule),
-                prompts,
-                self.parts.judges,
-                seed=self.cfg.eval_seed,
-                batch_size=self.cfg.batch_size,
-                process=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
-                gather=lambda t: self.accelerator.gather(t.to(self.accelerator.device)),
-            )
+        means = mean_over_processes(self.accelerator, sums, names)
+        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
 
 
 def main(cfg: Config) -> Path:
@@ -363,7 +347,7 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
         save_config(replace(cfg, resume=None), plan.folder / "config.yaml")
     outcome.announce(run, cfg, plan, parts)
     if parts.before is None:
-        parts.before = trainer.evaluate(plan.eval_prompts)
+        parts.before = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts)
         outcome.say_evaluation(run, parts.before, "before")
         run.log(0, outcome.evaluation_values(parts.before))
     share_size = cfg.prompts_per_step // cfg.updates_per_step
@@ -386,7 +370,7 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
             parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
             stop = setup.stopping(run, accelerator)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
-                evaluation = trainer.evaluate(plan.eval_prompts[: cfg.eval_during])
+                evaluation = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts[: cfg.eval_during])
                 values |= outcome.evaluation_values(evaluation)
                 setup.keep_best(parts, evaluation)
             run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
@@ -401,7 +385,8 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
         if parts.step == cfg.steps or run.stopping == WATCH:
             if run.stopping == WATCH and cfg.monitor == "rollback":
                 roll_back(run, parts)
-            outcome.finish(run, cfg, plan, parts, trainer.evaluate(plan.eval_prompts))
+            after = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts)
+            outcome.finish(run, cfg, plan, parts, after)
 
 
 def cli(argv: list[str] | None = None) -> None:

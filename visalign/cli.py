@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     rewards.set_defaults(run=_rewards)
     world = commands.add_parser("world", help="the offline world: pictures, prompts, and building its models anew")
     world.add_argument("action", choices=("show", "prompts", "card", "build"))
-    world.add_argument("part", nargs="?", choices=("vae", "clip", "flow"), help="for build: which model")
+    world.add_argument("part", nargs="?", choices=("vae", "clip", "flow", "taste", "vlm"), help="for build")
     world.add_argument("--split", default="test", choices=("train", "test", "compositional"))
     world.add_argument("--count", type=int, default=32)
     world.add_argument("--out", type=Path, default=Path("world"), help="folder for the result")
@@ -199,7 +199,7 @@ def _world(arguments: argparse.Namespace) -> None:
 
     _check_count(arguments)
     if (arguments.action == "build") != (arguments.part is not None):
-        raise ValueError("world: 'build' takes one of vae, clip, flow, the other actions take none of them")
+        raise ValueError("world: 'build' takes one of vae, clip, flow, taste, vlm, the other actions take none of them")
     if arguments.action == "card":
         print((WEIGHTS / "CARD.md").read_text())
     elif arguments.action == "prompts":

@@ -1,6 +1,7 @@
 """The one place where pictures change form: float images (N, 3, H, W) in [0, 1], PIL, uint8 arrays (N, H, W, 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,31 +11,57 @@ from torch import Tensor
 TOLERANCE = 1e-3  # how far a pixel may lie outside [0, 1]: rounding of half-precision decoders
 
 
-def check_videos(videos: Tensor) -> None:
+def is_video(images: Any) -> bool:
+    """Whether these are videos (N, F, 3, H, W) rather than pictures, by the number of axes."""
+    return isinstance(images, Tensor) and images.ndim == 5
+
+
+def check_videos(videos: Any) -> None:
     """Raise ValueError unless `videos` is a float tensor (N, F, 3, H, W) with N and F >= 1. Reads no value."""
-    if not isinstance(videos, Tensor) or videos.ndim != 5:
-        got = f"shape {tuple(videos.shape)}" if isinstance(videos, Tensor) else type(videos).__name__
-        raise ValueError(f"videos: got {got}, expected a float tensor (N, F, 3, H, W)")
-    if not videos.numel():
-        raise ValueError(f"videos: got shape {tuple(videos.shape)}, expected at least one frame of at least one pixel")
-    check_images(videos.flatten(0, 1))
+    _check_layout("videos", videos, "(N, F, 3, H, W)")
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Any) -> None:
     """Raise ValueError unless `images` is a float tensor (N, 3, H, W) with N >= 1. Reads no value, so it is free."""
-    if not isinstance(images, Tensor):
-        raise ValueError(
-            f"images: got {type(images).__name__}, expected a float tensor (N, 3, H, W); see pil_to_images"
-        )
-    shape = tuple(images.shape)
-    if images.ndim != 4 or shape[1] != 3:
+    _check_layout("images", images, "(N, 3, H, W)")
+
+
+def _check_layout(name: str, pixels: Any, layout: str) -> None:
+    if not isinstance(pixels, Tensor):
+        got = type(pixels).__name__
+        raise ValueError(f"{name}: got {got}, expected a float tensor {layout}; see pil_to_images")
+    shape = tuple(pixels.shape)
+    if pixels.ndim != layout.count(",") + 1 or shape[-3] != 3:
         known = {1: " (greyscale: repeat the channel 3 times)", 4: " (RGBA: blend the alpha channel into RGB)"}
-        hint = known.get(shape[1], "") if images.ndim == 4 else ""
-        raise ValueError(f"images: got shape {shape}, expected (N, 3, H, W){hint}")
-    if not images.numel():
-        raise ValueError(f"images: got shape {shape}, expected at least one image of at least one pixel")
-    if not images.is_floating_point():
-        raise ValueError(f"images: got {images.dtype}, expected floats in [0, 1] (divide uint8 pixels by 255)")
+        last = " (channels last: they belong before height and width)" if shape[-1:] == (3,) else ""
+        hint = last or known.get(shape[-3], "") if pixels.ndim == layout.count(",") + 1 else ""
+        raise ValueError(f"{name}: got shape {shape}, expected {layout}{hint}")
+    if not pixels.numel():
+        raise ValueError(f"{name}: got shape {shape}, expected at least one image of at least one pixel")
+    if not pixels.is_floating_point():
+        raise ValueError(f"{name}: got {pixels.dtype}, expected floats in [0, 1] (divide uint8 pixels by 255)")
+
+
+def check_references(references: Any, count: int, videos: bool = False) -> None:
+    """Raise ValueError unless these are `count` lists of float pictures (3, H, W), each of any length and sizes.
+
+    Args:
+        videos: whether they may be videos (F, 3, H, W) as well.
+    """
+    if isinstance(references, (Tensor, Mapping, str)) or not isinstance(references, Collection):
+        raise ValueError(f"references: got {type(references).__name__}, expected {count} lists, one per image")
+    if len(references) != count:
+        raise ValueError(f"references: got {len(references)}, expected {count} lists, one per image")
+    for n, pictures in enumerate(list(references)):
+        one = isinstance(pictures, str) or not isinstance(pictures, Iterable)
+        for picture in [pictures] if one else pictures:
+            if not isinstance(picture, Tensor) or picture.ndim not in (3, 3 + videos):
+                got = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
+                raise ValueError(f"references: got {got} for image {n}, expected a list of tensors (3, H, W)")
+            try:
+                (check_images if picture.ndim == 3 else check_videos)(picture[None])
+            except ValueError as error:
+                raise ValueError(f"references for image {n}: {error}") from error
 
 
 def check_pixels(images: Tensor) -> None:
@@ -53,7 +80,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def images_to_numpy(images: Tensor) -> np.ndarray:
-    """Images (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3)."""
+    """Images (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3).
+
+    Raises:
+        ValueError: a NaN or a pixel outside [0, 1]; as bytes they would look like any other.
+    """
+    check_pixels(images)
     return to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

@@ -10,6 +10,7 @@ from visalign.names import unknown_name
 from visalign.transitions.gaussian import Gaussian, at_least_float32, per_sample
 
 KLKind = Literal["gaussian", "flow_grpo", "x", "v"]
+StepWeight = Literal["none", "tempflow", "inverse_dt"]
 
 
 def clipped_surrogate(
@@ -69,7 +70,7 @@ def ratio_norm_log_ratio(
 
     Equal to mean_d(noise * (mean - old_mean)): zero on average whatever the step, where the plain one sinks below 0 as
     1/std^2. Its gradient at the old weights is std times the plain one's. GRPO-Guard also divides the step's loss by
-    sigma - sigma_next; that is the trainer's to do.
+    sigma - sigma_next: `step_weights`.
 
     Args:
         log_prob, old_log_prob: (N,), mean-reduced.
@@ -138,6 +139,20 @@ def tempflow_weights(stds: Sequence[float]) -> list[float]:
         raise ValueError(f"stds: got {list(stds)}, expected numbers >= 0, not all 0")
     mean = sum(stds) / len(stds)
     return [std / mean for std in stds]
+
+
+def step_weights(kind: StepWeight, stds: Sequence[float], levels: Sequence[float]) -> list[float]:
+    """Weight of each step's loss: 1; `tempflow_weights`; or for "inverse_dt" 1 / (sigma - sigma_next), GRPO-Guard's.
+
+    Args:
+        stds: as of `tempflow_weights`, T of them.
+        levels: sigmas of the schedule, T + 1, falling.
+    """
+    if kind not in ("none", "tempflow", "inverse_dt"):
+        raise unknown_name("kind", kind, ("none", "tempflow", "inverse_dt"))
+    if kind == "tempflow":
+        return tempflow_weights(stds)
+    return [1 / (a - b) if kind == "inverse_dt" else 1.0 for a, b in zip(levels, levels[1:])]
 
 
 def _squared_difference(values: Tensor, reference: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 
 from visalign.seeds import derived_seed
 
+from .prompt_context import read_entries
+
 G = TypeVar("G")
 
 
@@ -29,6 +31,8 @@ class Group:
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines and lines that begin with # are left out.
 
+    A .jsonl file holds one object a line, with metadata and references beside the prompt; see `read_entries`.
+
     Raises:
         ValueError: no such file, a folder, not text, or no prompt in it.
     """
@@ -38,6 +42,8 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"prompts: got {str(path)!r}, which does not exist, expected a text file")
     try:
+        if path.suffix == ".jsonl":
+            return [entry["prompt"] for entry in read_entries(path)]
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"prompts: got {str(path)!r}, which is not UTF-8 text") from None

@@ -1,9 +1,11 @@
-"""Learning rates, and one optimiser update over all processes that a bad gradient cannot spoil."""
+"""Learning rates, one optimiser update over all processes that a bad gradient cannot spoil, and means to log."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -43,3 +45,15 @@ def apply_gradients(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, applied
+
+
+def mean_over_processes(accelerator: Accelerator, sums: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
+    """sums[name] / sums["count"], both over all processes; 0 where nothing was counted.
+
+    Args:
+        sums: scalars of this process; what is missing is 0.
+    """
+    zero = torch.zeros((), device=accelerator.device)
+    values = torch.stack([sums.get(name, zero).to(zero.device).float() for name in (*names, "count")])
+    values = accelerator.reduce(values, "sum")
+    return dict(zip(names, (values[:-1] / values[-1].clamp(min=1)).tolist()))

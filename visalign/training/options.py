@@ -40,7 +40,7 @@ class CommonConfig:
     monitor: Literal["off", "warn", "stop", "rollback"] = "warn"  # upon signs of reward hacking
     judges: str = "auto"  # rewards that are only watched, joined by commas; auto: gold where the world has one
     # Prompts
-    prompts: str = "shapes"  # a text file, one prompt a line, or shapes
+    prompts: str = "shapes"  # a text file, one prompt a line; a .jsonl file, with what rewards need besides; or shapes
     eval_prompts: str | None = None  # None: held-out captions of shapes, or the last tenth of the file
     eval_count: int = 200  # held-out prompts
     eval_during: int = 48  # of them, in evaluations under way

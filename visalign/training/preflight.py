@@ -17,6 +17,7 @@ from . import checkpoint as ckpt
 from .data import overlap, read_prompts, share_of
 from .options import FREE_ON_RESUME, CommonConfig, alpha_of
 from .policy import check_lora_fits
+from .prompt_context import PromptContext
 from .run import check_writable
 
 
@@ -33,6 +34,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     digest: str = ""  # of the prompts
     reward_digest: str = ""  # of the reward's YAML file, where it is one
+    context: PromptContext = field(default_factory=PromptContext)  # metadata and references of the prompts
 
 
 def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
@@ -52,6 +54,7 @@ def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
     if shared := overlap(prompts, held_out):
         warnings.append(f"{len(shared)} of {len(held_out)} evaluation prompts also stand in the training set")
     digest = _digest("\n".join([*prompts, "", *held_out]).encode())
+    context = PromptContext.of_files(cfg.prompts, cfg.eval_prompts)
     reward_digest = _digest(Path(cfg.reward).read_bytes()) if cfg.reward.endswith((".yaml", ".yml")) else ""
     if cfg.lora:
         check_lora_fits(Path(cfg.lora), Path(model), cfg.lora_rank, alpha_of(cfg))
@@ -62,7 +65,7 @@ def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo") -> Plan:
         if state.get("reward_file", "") != reward_digest:
             raise ValueError(f"reward: {cfg.reward!r} has changed since the run that is resumed ({resume})")
     check_writable(folder, resume is not None)
-    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest, reward_digest)
+    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest, reward_digest, context)
 
 
 def _digest(content: bytes) -> str:

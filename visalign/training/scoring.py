@@ -111,7 +111,7 @@ class Scored:
 
     parts: Tensor  # (P, N): raw scores of the reward's members, in the order of `Scorer.labels`
     shaped: Tensor  # (K, N): what `Scorer.combine` takes
-    valid: Tensor  # (N,) bool: no member failed on the sample
+    valid: Tensor  # (N,) bool: no member that counts, `CombinedReward.used`, failed on the sample
 
     @property
     def rows(self) -> Tensor:
@@ -125,17 +125,25 @@ class Scorer:
     Args:
         threads: batches scored at a time while others are sampled; 0 scores between them. None: 4 behind a server, 1 on
             a GPU, else 0, for a CPU has nothing to spare.
+        context: what the prompt set knows of its prompts, handed to the reward with each batch.
 
     Attributes:
         whole: it compares the samples of a group, and must be given each group whole.
     """
 
-    def __init__(self, reward: Reward, device: torch.device, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        device: torch.device,
+        threads: int | None = None,
+        context: Callable[[Sequence[str]], dict[str, Any]] = lambda prompts: {},
+    ) -> None:
         if hasattr(reward, "to"):
             reward.to(device)
-        self.reward = reward
+        self.reward, self.context = reward, context
         members = reward.members if isinstance(reward, CombinedReward) else ()
         self.labels = tuple(m.label for m in members) or (reward.name,)
+        self._used = tuple(m.label for m in reward.used) if isinstance(reward, CombinedReward) else self.labels
         self.whole = any(r.kind != "pointwise" for r in ([m.reward for m in members] or [reward]))
         self.one_set = any(r.kind == "setwise" for r in ([m.reward for m in members] or [reward]))
         self.gives = getattr(reward, "gives", "scores")
@@ -158,9 +166,11 @@ class Scorer:
         return future
 
     def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scored]:
-        context = {"group_ids": group_ids} if self.whole else None
+        context = self.context(prompts) | ({"group_ids": group_ids} if self.whole else {})
         result = score(self.reward, torch.cat(list(images)), prompts, context)
-        valid = torch.stack([output.is_valid for output in result.outputs.values()]).all(0)
+        valid = torch.ones(len(prompts), dtype=torch.bool)
+        for label in self._used:  # a member that is only reported may fail
+            valid &= result.outputs[label].is_valid
         parts = torch.stack([result.parts[label] for label in self.labels])
         sizes = [len(batch) for batch in images]
         cut = zip(parts.split(sizes, 1), result.shaped.split(sizes, 1), valid.split(sizes))
@@ -171,7 +181,10 @@ class Scorer:
         return self.reward.combine(shaped, group_ids) if isinstance(self.reward, CombinedReward) else shaped[0]
 
     def plain(self, shaped: Tensor) -> Tensor:
-        """(K, N) to (N,): the reward as a number that means something for one sample by itself, to watch."""
+        """(K, N) to (N,): the reward as a number that means something for one sample by itself.
+
+        Where `gives` says "scores" that is what `combine` gives, whatever the groups; else the plain weighted sum.
+        """
         if self.gives == "scores" or not isinstance(self.reward, CombinedReward):
             return self.combine(shaped, torch.arange(shaped.shape[1]))
         return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
@@ -179,7 +192,7 @@ class Scorer:
     def evaluate(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) of pictures of different prompts."""
         with torch.no_grad():
-            context = {"group_ids": torch.arange(len(prompts))} if self.whole else None
+            context = self.context(prompts) | ({"group_ids": torch.arange(len(prompts))} if self.whole else {})
             return self.plain(score(self.reward, images, prompts, context).shaped)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a training run: built from the plan, put back from a checkpoint, saved to one."""
+"""The parts of a training run: built from the plan, evaluated, put back from a checkpoint, saved to one."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from visalign.generator import Generator
 from visalign.rewards import make_reward
+from visalign.transitions import ode_of
 
 from . import checkpoint as ckpt
 from .attention import set_attention
-from .evaluate import Evaluation
+from .evaluate import Evaluation, evaluate
 from .hacking import MonitorOptions
 from .monitor import Monitor
 from .optimization import apply_gradients, learning_rate
@@ -101,7 +102,7 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
         policy,
         Average(policy, cfg.ema_decay),
         optimizer,
-        Scorer(make_reward(cfg.reward), accelerator.device, cfg.score_threads),
+        Scorer(make_reward(cfg.reward), accelerator.device, cfg.score_threads, plan.context),
         {},
         lambda step: learning_rate(step, cfg.steps, cfg.learning_rate, cfg.warmup_steps, cfg.schedule),
         attention,
@@ -113,10 +114,28 @@ def build(cfg: CommonConfig, plan: Plan, accelerator: Accelerator) -> Parts:
     parts.judges = {"reward": parts.scorer.evaluate}
     for column, spec in plan.judges.items():
         options = {"strict": True} if column == "gold_strict" else {}
-        parts.judges[column] = Scorer(make_reward(spec, **options), accelerator.device, 0).evaluate
+        parts.judges[column] = Scorer(make_reward(spec, **options), accelerator.device, 0, plan.context).evaluate
     if plan.resume is not None:
         restore(plan.resume, parts)
     return parts
+
+
+def evaluate_average(
+    run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerator, prompts: list[str]
+) -> Evaluation:
+    """The averaged weights on held-out prompts, without noise in the steps; the same on any number of processes."""
+    with run.stage("evaluate"), parts.policy.swapped(parts.average.values):
+        return evaluate(
+            parts.generator,
+            ode_of(parts.generator.schedule),
+            prompts,
+            parts.judges,
+            seed=cfg.eval_seed,
+            batch_size=cfg.batch_size,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            gather=lambda t: accelerator.gather(t.to(accelerator.device)),
+        )
 
 
 def restore(path: Path, parts: Parts) -> None:

@@ -1,8 +1,10 @@
-"""The worlds that ship with the project, by the names that `--model` and `--prompts` take."""
+"""The worlds that ship with the project, by the names that `--model`, `--prompts` and rewards take."""
 
 from pathlib import Path
 
-MODELS = {"shapes-flow": Path(__file__).parent / "shapes" / "weights" / "flow"}
+WEIGHTS = Path(__file__).parent / "shapes" / "weights"
+MODELS = {"shapes-flow": WEIGHTS / "flow"}
+JUDGES = {"shapes-vlm": WEIGHTS / "vlm"}  # vision-language models, for the rewards that ask one
 
 
 def resolve_model(name: str) -> str:

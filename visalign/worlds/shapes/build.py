@@ -11,14 +11,15 @@ from transformers import CLIPTextModelWithProjection
 from . import WEIGHTS
 from .build_clip import train_clip
 from .build_flow import train_flow
+from .build_taste import train_taste
 from .build_vae import train_vae
 from .build_vlm import train_vlm
 
 
 def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = None) -> None:
-    """Train "vae", "clip", "flow" or "vlm" into `folder`.
+    """Train "vae", "clip", "flow", "taste" or "vlm" into `folder`.
 
-    "flow" uses the shipped autoencoder, or `folder`/vae if it is there.
+    "flow" uses the shipped autoencoder, or `folder`/vae if it is there; "taste" likewise the CLIP.
 
     Raises:
         ValueError: an unknown part.
@@ -34,7 +35,10 @@ def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = N
         own = folder / "vae"
         vae = AutoencoderKL.from_pretrained(own if own.is_dir() else WEIGHTS / "flow" / "vae")
         train_flow(vae.float().eval().requires_grad_(False), folder / "flow", **chosen)
+    elif part == "taste":
+        own = folder / "clip"
+        train_taste(folder / "taste", own if own.is_dir() else WEIGHTS / "clip", **chosen)
     elif part == "vlm":
         train_vlm(folder / "vlm", **chosen)
     else:
-        raise ValueError(f"part: got {part!r}, expected 'vae', 'clip', 'flow' or 'vlm'")
+        raise ValueError(f"part: got {part!r}, expected 'vae', 'clip', 'flow', 'taste' or 'vlm'")

@@ -149,4 +149,4 @@ def _try_place(colour: str, shape: str, others: list[Placed], small: bool, rng: 
 def _clearly(relation: str, a: Placed, b: Placed) -> bool:
     dx, dy = b.x - a.x, b.y - a.y
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
-    return along > 14 and abs(across) < 0.8 * along
+    return abs(across) < 0.8 * along  # and as objects do not touch, along > 15 pixels
