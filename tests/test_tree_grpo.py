@@ -18,7 +18,7 @@ from visalign.trainers import tree_grpo
 from visalign.trainers.tree_grpo import METHODS, Config, TreeGRPO, main
 from visalign.training.config import parse_config
 from visalign.training.data import iteration_groups
-from visalign.training.session import open_session
+from visalign.training.course import open_course
 
 SMALL = {
     "branch_grpo": dict(split_steps=(0, 2)),
@@ -35,27 +35,27 @@ def small(options):
 
 
 @pytest.fixture(scope="module")
-def session(small, tmp_path_factory):
+def course(small, tmp_path_factory):
     cfg = Config(**small, **SMALL["branch_grpo"], run_dir=str(tmp_path_factory.mktemp("tree") / "run"))
-    with open_session(cfg, "tree", cfg.prompts_per_step) as session:
-        session.fresh = {k: v.clone() for k, v in session.parts.policy.tensors().items()}
-        yield session
+    with open_course(cfg, "tree", cfg.prompts_per_step) as course:
+        course.fresh = {k: v.clone() for k, v in course.parts.policy.tensors().items()}
+        yield course
 
 
 @pytest.fixture(autouse=True)
 def as_built(request):
     yield
-    if "session" in request.fixturenames:
-        session = request.getfixturevalue("session")
-        session.parts.policy.load(session.fresh)
-        session.parts.optimizer.zero_grad(set_to_none=True)
-        session.parts.optimizer.state.clear()
-        session.parts.memory.clear()
+    if "course" in request.fixturenames:
+        course = request.getfixturevalue("course")
+        course.parts.policy.load(course.fresh)
+        course.parts.optimizer.zero_grad(set_to_none=True)
+        course.parts.optimizer.state.clear()
+        course.parts.extra.clear()
 
 
-def trainer_of(session, method="branch_grpo", **changes) -> TreeGRPO:
-    trainer = TreeGRPO(session)
-    bare = {k: v for k, v in asdict(session.cfg).items() if k not in ("split_steps", "method")}
+def trainer_of(course, method="branch_grpo", **changes) -> TreeGRPO:
+    trainer = TreeGRPO(course)
+    bare = {k: v for k, v in asdict(course.cfg).items() if k not in ("split_steps", "method")}
     trainer.cfg = Config(**{**bare, "method": method, **SMALL[method], **changes})
     return trainer
 
@@ -63,7 +63,7 @@ def trainer_of(session, method="branch_grpo", **changes) -> TreeGRPO:
 def sampled(trainer, step=0):
     cfg = trainer.cfg
     trees = cfg.of("trees") if "trees" in METHODS[cfg.method] else 1
-    groups = iteration_groups(trainer.session.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
+    groups = iteration_groups(trainer.course.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
     with torch.no_grad():
         branches = trainer.sample(step, groups)
     return branches, groups
@@ -78,9 +78,9 @@ def brightness(tree):
     return tree.images.flatten(1).mean(1)
 
 
-def move(session, size=0.02):
+def move(course, size=0.02):
     generator = torch.Generator().manual_seed(0)
-    for p in session.parts.policy.trained.values():
+    for p in course.parts.policy.trained.values():
         p.data += size * torch.randn(p.shape, generator=generator)
 
 
@@ -94,7 +94,7 @@ def gradient(trainer, branches):
 
 def naive_gradient(trainer, branches):
     """Every edge by itself: a forward each."""
-    tree, session = branches.tree, trainer.session
+    tree, course = branches.tree, trainer.course
     weights = tempflow_weights(trainer.stds)
     for i, advantages in branches.advantages.items():
         layer = tree.layers[i]
@@ -102,16 +102,16 @@ def naive_gradient(trainer, branches):
             node = int(layer.parents[edge])
             root = int(tree.roots[i][node])
             latents = layer.latents[node : node + 1]
-            prediction = session.parts.generator.predict(latents, i, [tree.prompts[root]], [tree.seeds[root]])
+            prediction = course.parts.generator.predict(latents, i, [tree.prompts[root]], [tree.seeds[root]])
             gaussian = trainer.transition(trainer.schedule, i, latents, prediction)[0]
             log_prob = gaussian.log_prob(layer.next_latents[k : k + 1])
             loss, _ = clipped_surrogate(
                 log_prob, layer.log_probs[k : k + 1], advantages[k : k + 1], trainer.cfg.clip_range
             )
             (loss.sum() * (weights[i] if trainer.cfg.method == "tempflow" else 1.0)).backward()
-    parameters = session.parts.policy.trained.values()
+    parameters = course.parts.policy.trained.values()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    session.parts.optimizer.zero_grad(set_to_none=True)
+    course.parts.optimizer.zero_grad(set_to_none=True)
     return flat
 
 
@@ -128,9 +128,9 @@ def naive_gradient(trainer, branches):
         ("b2_diffurl", 6, [0, 1, 2, 3], 2 * (1 + 1 + 3 + 3)),
     ],
 )
-def test_trees_have_the_methods_form_and_their_prefix_is_denoised_once(session, method, leaves, steps, rows):
-    trainer, counted = trainer_of(session, method), []
-    block = session.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
+def test_trees_have_the_methods_form_and_their_prefix_is_denoised_once(course, method, leaves, steps, rows):
+    trainer, counted = trainer_of(course, method), []
+    block = course.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
     hook = block.register_forward_pre_hook(lambda _m, args, kwargs: counted.append(kwargs), with_kwargs=True)
     branches, _ = sampled(trainer)
     hook.remove()
@@ -139,11 +139,11 @@ def test_trees_have_the_methods_form_and_their_prefix_is_denoised_once(session, 
     assert sum(len(kwargs["hidden_states"]) for kwargs in counted) == tree.forwards < tree.separate_forwards
     assert rows is None or tree.forwards == rows
     assert steps is None or trainer.noisy_steps(tree) == steps
-    assert session.parts.memory == {"denoiser_rows": tree.forwards, "denoiser_rows_unshared": leaves * 4}
+    assert course.parts.extra == {"denoiser_rows": tree.forwards, "denoiser_rows_unshared": leaves * 4}
 
 
-def test_branch_advantages_are_of_the_nodes_means_at_their_depth(session):
-    trainer = trainer_of(session)
+def test_branch_advantages_are_of_the_nodes_means_at_their_depth(course):
+    trainer = trainer_of(course)
     branches, _ = assigned(trainer)
     rewards = brightness(branches.tree).view(2, 2, 2)  # tree, first split, second split
     nodes = rewards.mean(2)
@@ -154,51 +154,51 @@ def test_branch_advantages_are_of_the_nodes_means_at_their_depth(session):
     torch.testing.assert_close(branches.advantages[2], wanted.flatten(), atol=1e-4, rtol=0)
 
 
-def test_stochastic_steps_between_the_splits_are_trained_with_their_nodes(session):
-    branches, _ = assigned(trainer_of(session, between="sde"))
+def test_stochastic_steps_between_the_splits_are_trained_with_their_nodes(course):
+    branches, _ = assigned(trainer_of(course, between="sde"))
     assert list(branches.advantages) == [0, 1, 2, 3]
     assert torch.equal(branches.advantages[0], branches.advantages[1])
     assert torch.equal(branches.advantages[2], branches.advantages[3])
-    alone, _ = assigned(trainer_of(session, between="sde", split_steps=(2,)))
+    alone, _ = assigned(trainer_of(course, between="sde", split_steps=(2,)))
     assert alone.advantages[0].abs().max() == 0 < alone.advantages[2].abs().max(), "one node at that depth"
 
 
-def test_tree_advantages_are_the_leaves_and_backwards_their_mean_without_normalising_again(session):
-    trainer = trainer_of(session, "tree_grpo")
+def test_tree_advantages_are_the_leaves_and_backwards_their_mean_without_normalising_again(course):
+    trainer = trainer_of(course, "tree_grpo")
     branches, _ = assigned(trainer)
     leaves = brightness(branches.tree).view(2, 4)
     wanted = (leaves - leaves.mean(1, keepdim=True)) / leaves.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(branches.advantages[1], wanted.flatten(), atol=1e-4, rtol=0)
     torch.testing.assert_close(branches.advantages[0], wanted.view(2, 2, 2).mean(2).flatten(), atol=1e-4, rtol=0)
-    weighted, _ = assigned(trainer_of(session, "tree_grpo", backup="softmax"))
+    weighted, _ = assigned(trainer_of(course, "tree_grpo", backup="softmax"))
     assert torch.equal(weighted.advantages[1], branches.advantages[1])
     assert 0 < (weighted.advantages[0] - branches.advantages[0]).abs().max() < 0.1, "almost uniform"
 
 
-def test_tempflow_compares_what_branched_off_at_the_same_step(session):
-    branches, _ = assigned(trainer_of(session, "tempflow"))
+def test_tempflow_compares_what_branched_off_at_the_same_step(course):
+    branches, _ = assigned(trainer_of(course, "tempflow"))
     rewards = brightness(branches.tree).view(2, 4)
     for i, columns in ((0, [0, 1]), (2, [2, 3])):
         wanted = group_advantages(rewards[:, columns].flatten(), torch.tensor([0, 0, 1, 1]))
         assert torch.equal(branches.advantages[i], wanted)
 
 
-def test_turning_point_credit_is_normalised_by_prompt_and_step(session):
-    trainer = trainer_of(session, "tp_grpo")
+def test_turning_point_credit_is_normalised_by_prompt_and_step(course):
+    trainer = trainer_of(course, "tp_grpo")
     branches, _ = assigned(trainer)
     along = brightness(branches.tree).view(4, 3).flip(1).T  # 4 trees; without a stochastic step, with 1, with 2
     steps = turning_point_rewards(along)
     assert list(branches.advantages) == trainer.cfg.window(0)
     for i, row in zip(branches.advantages, steps):
         assert torch.equal(branches.advantages[i], group_advantages(row, torch.tensor([0, 0, 1, 1])))
-    other, _ = assigned(trainer_of(session, "tp_grpo", bonus=50.0))
+    other, _ = assigned(trainer_of(course, "tp_grpo", bonus=50.0))
     assert steps.shape == (2, 4) and any(
         not torch.equal(branches.advantages[i], other.advantages[i]) for i in other.advantages
     )
 
 
-def test_b2_trains_the_last_steps_of_the_best_and_the_worst_of_each_branching(session):
-    trainer = trainer_of(session, "b2_diffurl")
+def test_b2_trains_the_last_steps_of_the_best_and_the_worst_of_each_branching(course):
+    trainer = trainer_of(course, "b2_diffurl")
     branches, _ = assigned(trainer)
     assert list(branches.advantages) == [2, 3] and len(branches.tree) == 6
     kept = branches.advantages[2] != 0
@@ -211,48 +211,48 @@ def test_b2_trains_the_last_steps_of_the_best_and_the_worst_of_each_branching(se
     assert later.tree.layers[1].parents.tolist() == [0, 0, 0, 1, 1, 1], "one more step is trained"
 
 
-def test_b2_remembers_a_prompts_rewards_for_some_stages(session):
-    trainer = trainer_of(session, "b2_diffurl", history=1)
-    prompts = session.plan.prompts
+def test_b2_remembers_a_prompts_rewards_for_some_stages(course):
+    trainer = trainer_of(course, "b2_diffurl", history=1)
+    prompts = course.plan.prompts
     groups = iteration_groups(prompts, 0, 2, 1, 0)
     ids, rewards = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.1, 0.2, 0.3])
     first = trainer.history_scores(0, rewards, ids, groups)
-    assert [entry[:2] for entry in session.parts.memory["history"]] == [[0, g.prompt] for g in groups]
+    assert [entry[:2] for entry in course.parts.extra["history"]] == [[0, g.prompt] for g in groups]
     second = trainer.history_scores(1, rewards + 1, ids, groups)
     assert second.min() > 0.5 and first.view(2, 3).sum(1).abs().max() < 1e-5
     assert torch.equal(trainer.history_scores(5, rewards, ids, groups), first), "all has been forgotten"
-    assert json.loads(json.dumps(session.parts.memory)) == session.parts.memory
+    assert json.loads(json.dumps(course.parts.extra)) == course.parts.extra
     trainer.cfg = replace(trainer.cfg, history=0)
     assert torch.equal(trainer.history_scores(6, rewards, ids, groups), first)
 
 
-def test_an_empty_selection_makes_no_update(session):
-    trainer = trainer_of(session, "b2_diffurl", keep_above=9.0, keep_below=-9.0)
+def test_an_empty_selection_makes_no_update(course):
+    trainer = trainer_of(course, "b2_diffurl", keep_above=9.0, keep_below=-9.0)
     branches, _ = assigned(trainer)
     values = trainer.update(0, branches)
-    assert values["trained_edges"] == 0 and not session.parts.optimizer.state
-    assert all(torch.equal(v, session.fresh[k]) for k, v in session.parts.policy.tensors().items())
+    assert values["trained_edges"] == 0 and not course.parts.optimizer.state
+    assert all(torch.equal(v, course.fresh[k]) for k, v in course.parts.policy.tensors().items())
 
 
 # Learning --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(SMALL))
-def test_the_gradient_is_that_of_every_edge_by_itself_and_ratios_begin_at_1(session, method):
-    trainer = trainer_of(session, method, clip_range=10.0, eta=0.5)
+def test_the_gradient_is_that_of_every_edge_by_itself_and_ratios_begin_at_1(course, method):
+    trainer = trainer_of(course, method, clip_range=10.0, eta=0.5)
     trainer.transition = tree_grpo.make_transition("flow_sde", eta=0.5)
     branches, _ = assigned(trainer)
     _, sums = gradient(trainer, branches)
     assert float(sums["ratio_mean"] / sums["count"]) == pytest.approx(1, abs=1e-6)
-    move(session)
+    move(course)
     shared, sums = gradient(trainer, branches)
     assert float(sums["count"]) == sum(int(a.ne(0).sum()) for a in branches.advantages.values())
     wanted = naive_gradient(trainer, branches)
     torch.testing.assert_close(shared, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
-def test_a_failed_score_leaves_the_edges_above_it_without_signal(session, monkeypatch):
-    trainer = trainer_of(session)
+def test_a_failed_score_leaves_the_edges_above_it_without_signal(course, monkeypatch):
+    trainer = trainer_of(course)
     score = trainer.scorer.submit
 
     def failing(images, prompts, ids):
@@ -281,15 +281,15 @@ def test_a_failed_score_leaves_the_edges_above_it_without_signal(session, monkey
     ],
     ids=str,
 )
-def test_options_of_the_objective_change_the_gradient(session, method, changes):
+def test_options_of_the_objective_change_the_gradient(course, method, changes):
     results = []
     for given in ({}, changes):
-        trainer = trainer_of(session, method, **{"clip_range": 1.0, **given})
+        trainer = trainer_of(course, method, **{"clip_range": 1.0, **given})
         branches, _ = assigned(trainer)
-        session.parts.memory.clear()
-        move(session)
+        course.parts.extra.clear()
+        move(course)
         results.append(gradient(trainer, branches)[0])
-        session.parts.policy.load(session.fresh)
+        course.parts.policy.load(course.fresh)
     assert results[1].isfinite().all() and (results[1] - results[0]).norm() > 1e-3 * results[0].norm()
 
 
@@ -306,9 +306,9 @@ def test_options_of_the_objective_change_the_gradient(session, method, changes):
     ],
     ids=str,
 )
-def test_options_of_sampling_change_the_trees(session, method, changes):
-    base, _ = sampled(trainer_of(session, method))
-    other, _ = sampled(trainer_of(session, method, **changes))
+def test_options_of_sampling_change_the_trees(course, method, changes):
+    base, _ = sampled(trainer_of(course, method))
+    other, _ = sampled(trainer_of(course, method, **changes))
     same = [len(layer.parents) for layer in base.tree.layers] == [len(layer.parents) for layer in other.tree.layers]
     assert not same or (base.tree.final - other.tree.final).abs().max() > 1e-3
 
@@ -321,17 +321,17 @@ def test_windows_move_on_or_lie_anywhere_and_stages_pass():
     assert Config(method="b2_diffurl").interval == (7, 10)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(session):
-    trainer = trainer_of(session, inner_epochs=2)
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(course):
+    trainer = trainer_of(course, inner_epochs=2)
     branches, _ = assigned(trainer)
-    skipped = session.parts.skipped
+    skipped = course.parts.skipped
     value = branches.advantages[0][0].clone()
     branches.advantages[0][0] = float("nan")
     assert trainer.update(0, branches)["skipped_updates"] == skipped + 2
-    assert all(torch.equal(v, session.fresh[k]) for k, v in session.parts.policy.tensors().items())
+    assert all(torch.equal(v, course.fresh[k]) for k, v in course.parts.policy.tensors().items())
     branches.advantages[0][0] = value
     assert trainer.update(0, branches)["skipped_updates"] == skipped + 2
-    assert next(iter(session.parts.optimizer.state.values()))["step"] == 2
+    assert next(iter(course.parts.optimizer.state.values()))["step"] == 2
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------
@@ -416,13 +416,13 @@ def test_wrong_values_end_with_one_line_before_loading(small, changes, message, 
     assert re.search(message, error), error
 
 
-def test_a_sampler_of_another_kind_of_model_is_refused(session):
-    session_cfg, session.cfg = session.cfg, replace(session.cfg, sampler="ddim", eta=1.0)
+def test_a_sampler_of_another_kind_of_model_is_refused(course):
+    course_cfg, course.cfg = course.cfg, replace(course.cfg, sampler="ddim", eta=1.0)
     try:
         with pytest.raises(ValueError, match="^sampler: got 'ddim' on a flow model"):
-            TreeGRPO(session)
+            TreeGRPO(course)
     finally:
-        session.cfg = session_cfg
+        course.cfg = course_cfg
 
 
 RECIPES = sorted((Path(tree_grpo.__file__).parent / "recipes").glob("*.yaml"))

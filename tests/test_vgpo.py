@@ -16,7 +16,7 @@ from visalign.trainers.vgpo import VGPO, Config, main
 from visalign.training.config import parse_config
 from visalign.training.data import iteration_groups
 from visalign.training.scoring import Scorer
-from visalign.training.session import open_session
+from visalign.training.course import open_course
 
 
 @pytest.fixture(scope="module")
@@ -28,34 +28,34 @@ def small(options, world_files):
 
 
 @pytest.fixture(scope="module")
-def session(small, tmp_path_factory):
+def course(small, tmp_path_factory):
     cfg = Config(**small, timestep_fraction=1.0, run_dir=str(tmp_path_factory.mktemp("vgpo") / "run"))
-    with open_session(cfg, "vgpo", cfg.prompts_per_step) as session:
-        session.fresh = {k: v.clone() for k, v in session.parts.policy.tensors().items()}
-        yield session
+    with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
+        course.fresh = {k: v.clone() for k, v in course.parts.policy.tensors().items()}
+        yield course
 
 
 @pytest.fixture(autouse=True)
 def as_built(request):
     yield
-    if "session" in request.fixturenames:
-        session = request.getfixturevalue("session")
-        session.parts.policy.load(session.fresh)
-        session.parts.optimizer.zero_grad(set_to_none=True)
-        session.parts.optimizer.state.clear()
-        session.parts.memory.clear()
+    if "course" in request.fixturenames:
+        course = request.getfixturevalue("course")
+        course.parts.policy.load(course.fresh)
+        course.parts.optimizer.zero_grad(set_to_none=True)
+        course.parts.optimizer.state.clear()
+        course.parts.extra.clear()
 
 
-def trainer_of(session, scorer=None, **changes) -> VGPO:
-    trainer = VGPO(session)
-    trainer.cfg, trainer.scorer = replace(session.cfg, **changes), scorer or trainer.scorer
+def trainer_of(course, scorer=None, **changes) -> VGPO:
+    trainer = VGPO(course)
+    trainer.cfg, trainer.scorer = replace(course.cfg, **changes), scorer or trainer.scorer
     return trainer
 
 
 def sampled(trainer):
     cfg = trainer.cfg
     groups = iteration_groups(
-        trainer.session.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
+        trainer.course.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
     )
     with torch.no_grad():
         return trainer.sample(groups)
@@ -82,9 +82,9 @@ class Counting:
         return images.flatten(1).mean(1)
 
 
-def test_projections_cost_no_forward_and_are_the_one_step_estimates(session):
-    trainer, forwards, kept = trainer_of(session, batch_size=6), [], {}
-    block = session.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
+def test_projections_cost_no_forward_and_are_the_one_step_estimates(course):
+    trainer, forwards, kept = trainer_of(course, batch_size=6), [], {}
+    block = course.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
     hook = block.register_forward_pre_hook(lambda *_: forwards.append(1))
     project = trainer.project
 
@@ -101,24 +101,24 @@ def test_projections_cost_no_forward_and_are_the_one_step_estimates(session):
     with torch.no_grad():
         for i in range(3):
             state = trajectory.next_latents[i]
-            velocity = session.parts.generator.predict(state, i + 1, trajectory.prompts, trajectory.seeds)
+            velocity = course.parts.generator.predict(state, i + 1, trajectory.prompts, trajectory.seeds)
             x0 = state - trainer.schedule.levels[i + 1] * velocity
-            wanted = session.parts.generator.decode(x0, trajectory.prompts, trajectory.seeds)
+            wanted = course.parts.generator.decode(x0, trajectory.prompts, trajectory.seeds)
             torch.testing.assert_close(images[i], wanted, atol=1e-5, rtol=0)
 
 
-def test_the_value_pass_scores_a_batch_in_one_call_and_a_group_reward_sees_each_step_apart(session):
+def test_the_value_pass_scores_a_batch_in_one_call_and_a_group_reward_sees_each_step_apart(course):
     pointwise = Counting()
-    sampled(trainer_of(session, Scorer(pointwise, torch.device("cpu")), batch_size=4))
+    sampled(trainer_of(course, Scorer(pointwise, torch.device("cpu")), batch_size=4))
     assert [n for n, _ in pointwise.calls] == [4 * 4, 2 * 4]
     groupwise = Counting(kind="groupwise")
-    sampled(trainer_of(session, Scorer(groupwise, torch.device("cpu")), batch_size=4))
+    sampled(trainer_of(course, Scorer(groupwise, torch.device("cpu")), batch_size=4))
     ((count, context),) = groupwise.calls
     assert count == 6 * 4 and context["group_ids"].bincount().tolist() == [3] * (2 * 4)
 
 
-def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_steps_advantage(session):
-    trainer = trainer_of(session, batch_size=6)
+def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_steps_advantage(course):
+    trainer = trainer_of(course, batch_size=6)
     (batch,) = batches = sampled(trainer)
     advantages(trainer, batches)
     seen = []
@@ -129,14 +129,14 @@ def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_step
         seen.append(i)
 
     states = batch.trajectory.latents
-    session.parts.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
+    course.parts.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
     assert seen == [0, 1, 2, 3]
     assert not torch.equal(batch.advantages[0], batch.advantages[3])
 
 
-def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grpos(session):
+def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grpos(course):
     scorer = Scorer(Counting(constant=True), torch.device("cpu"))
-    trainer = trainer_of(session, scorer, discount=0.0, batch_size=6)
+    trainer = trainer_of(course, scorer, discount=0.0, batch_size=6)
     result, _ = advantages(trainer, sampled(trainer))
     rewards = torch.arange(6).float() / 6
     wanted = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]))
@@ -156,33 +156,33 @@ def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grp
     ],
     ids=str,
 )
-def test_each_option_of_the_advantages_changes_them(session, changes):
-    trainer = trainer_of(session)
+def test_each_option_of_the_advantages_changes_them(course, changes):
+    trainer = trainer_of(course)
     batches = sampled(trainer)
     base, _ = advantages(trainer, batches)
-    other, _ = advantages(trainer_of(session, **changes), batches)
+    other, _ = advantages(trainer_of(course, **changes), batches)
     assert (other - base).abs().max() > 1e-3
     if changes == dict(absolute=3.0, absolute_steps=1):
         assert torch.equal(other[1:], base[1:])
 
 
-def test_negative_rewards_are_shifted_and_remembered_or_refused(session, world_files):
+def test_negative_rewards_are_shifted_and_remembered_or_refused(course, world_files):
     scorer = Scorer(make_reward(f"{world_files / 'dark.py'}:dark"), torch.device("cpu"))
-    trainer = trainer_of(session, scorer)
+    trainer = trainer_of(course, scorer)
     batches = sampled(trainer)
     result, values = advantages(trainer, batches)
-    lowest = session.parts.memory["reward_minimum"]
+    lowest = course.parts.extra["reward_minimum"]
     assert result.isfinite().all() and lowest < -1 and values["reward_mean"] < -1
     assert trainer.seen[1].max() < -1, "the watch sees rewards as they are"
-    session.parts.memory["reward_minimum"] = -100.0
+    course.parts.extra["reward_minimum"] = -100.0
     again, _ = advantages(trainer, batches)
-    assert session.parts.memory["reward_minimum"] == -100 and (again - result).abs().max() > 1e-3
+    assert course.parts.extra["reward_minimum"] == -100 and (again - result).abs().max() > 1e-3
     with pytest.raises(ValueError, match="^reward: got -.* expected >= 0"):
-        trainer_of(session, scorer, negative_rewards="refuse").assign_advantages(batches)
+        trainer_of(course, scorer, negative_rewards="refuse").assign_advantages(batches)
 
 
-def test_a_failed_score_leaves_its_sample_without_an_advantage(session):
-    trainer = trainer_of(session, batch_size=6)
+def test_a_failed_score_leaves_its_sample_without_an_advantage(course):
+    trainer = trainer_of(course, batch_size=6)
     batches = sampled(trainer)
     base, _ = advantages(trainer, batches)
     valid = torch.ones(4, 6, dtype=torch.bool)
@@ -203,12 +203,12 @@ def gradient(trainer, batches):
     return flat
 
 
-def test_options_of_the_objective_change_the_gradient(session):
-    trainer = trainer_of(session, clip_range=10.0)
+def test_options_of_the_objective_change_the_gradient(course):
+    trainer = trainer_of(course, clip_range=10.0)
     batches = sampled(trainer)
     advantages(trainer, batches)
     generator = torch.Generator().manual_seed(0)
-    for p in session.parts.policy.trained.values():
+    for p in course.parts.policy.trained.values():
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
     base = gradient(trainer, batches)
     kinds = {}
@@ -216,32 +216,32 @@ def test_options_of_the_objective_change_the_gradient(session):
         dict(clip_range=1e-9),
         *(dict(kl_weight=1.0, kl_type=k) for k in ("gaussian", "flow_grpo", "x", "v")),
     ):
-        other = gradient(trainer_of(session, **{"clip_range": 10.0, **changes}), batches)
+        other = gradient(trainer_of(course, **{"clip_range": 10.0, **changes}), batches)
         assert other.isfinite().all() and (other - base).norm() > 1e-3 * base.norm(), changes
         kinds[str(changes)] = other
     assert len({float(g.norm()) for g in kinds.values()}) == len(kinds)
 
 
-def test_samples_and_advantages_do_not_depend_on_the_batch_size(session):
+def test_samples_and_advantages_do_not_depend_on_the_batch_size(course):
     results = []
     for size in (6, 4, 1):
-        trainer = trainer_of(session, batch_size=size)
+        trainer = trainer_of(course, batch_size=size)
         results.append(advantages(trainer, sampled(trainer))[0])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-3, rtol=0)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(session):
-    trainer = trainer_of(session)
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(course):
+    trainer = trainer_of(course)
     batches = sampled(trainer)
     advantages(trainer, batches)
-    skipped = session.parts.skipped
+    skipped = course.parts.skipped
     batches[0].advantages[0][0] = float("nan")
     assert trainer.update(0, batches)["skipped_updates"] == skipped + 1
-    assert all(torch.equal(v, session.fresh[k]) for k, v in session.parts.policy.tensors().items())
+    assert all(torch.equal(v, course.fresh[k]) for k, v in course.parts.policy.tensors().items())
     batches[0].advantages[0][0] = 1.0
-    assert trainer_of(session, inner_epochs=2).update(0, batches)["skipped_updates"] == skipped + 1
-    assert next(iter(session.parts.optimizer.state.values()))["step"] == 2, "inner epochs"
+    assert trainer_of(course, inner_epochs=2).update(0, batches)["skipped_updates"] == skipped + 1
+    assert next(iter(course.parts.optimizer.state.values()))["step"] == 2, "inner epochs"
 
 
 def test_stopped_and_resumed_equals_unbroken_with_the_running_minimum(small, world_files, tmp_path, monkeypatch):
@@ -288,11 +288,11 @@ def test_wrong_values_end_with_one_line_before_loading(small, changes, message, 
     assert re.search(message, error), error
 
 
-def test_a_reward_without_a_value_for_single_samples_is_refused(session, monkeypatch):
+def test_a_reward_without_a_value_for_single_samples_is_refused(course, monkeypatch):
     reward = make_reward({"rewards": ["jpeg_compressibility", "gold"], "combine": "correlation"})
-    monkeypatch.setattr(session.parts, "scorer", Scorer(reward, torch.device("cpu")))
+    monkeypatch.setattr(course.parts, "scorer", Scorer(reward, torch.device("cpu")))
     with pytest.raises(ValueError, match="^reward: .*which has no value for a sample by itself"):
-        VGPO(session)
+        VGPO(course)
 
 
 def test_recipe_resolves_and_differs_from_the_defaults():

@@ -71,7 +71,7 @@ def assert_two_processes_do_as_one(script: Path, options: dict, folder: Path, ke
     for name in ("trained", "ema", "before"):
         for key, value in values[0][0][name].items():
             torch.testing.assert_close(values[1][0][name][key], value, rtol=0, atol=1e-5)
-    assert values[0][1]["memory"].keys() == values[1][1]["memory"].keys()
+    assert values[0][1]["extra"].keys() == values[1][1]["extra"].keys()
     for key in keys:
         for line, other in zip(*metrics):
             assert line.get(key) == pytest.approx(other.get(key), abs=1e-5), key

@@ -37,7 +37,8 @@ from visalign.training import options, outcome
 from visalign.training.config import parse_config
 from visalign.training.data import Group, iteration_groups
 from visalign.training.learning import add_gradients, add_sums
-from visalign.training.session import Session, open_session
+from visalign.training.optimization import mean_over_processes
+from visalign.training.course import Course, open_course
 from visalign.transitions import make_transition
 from visalign.tree_advantages import (
     depth_advantages,
@@ -157,8 +158,8 @@ class Branches:
 class TreeGRPO:
     """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
 
-    def __init__(self, session: Session):
-        self.cfg, self.session, self.parts, self.run = session.cfg, session, session.parts, session.run
+    def __init__(self, course: Course):
+        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
         self.generator, self.scorer = self.parts.generator, self.parts.scorer
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
         self.schedule = self.generator.schedule
@@ -167,7 +168,7 @@ class TreeGRPO:
             raise ValueError(
                 f"sampler: got {self.cfg.sampler!r} on a {self.schedule.kind} model, expected a {wanted} one"
             )
-        if self.scorer.one_set and session.accelerator.num_processes > 1:
+        if self.scorer.one_set and course.accelerator.num_processes > 1:
             raise ValueError(
                 f"reward: got {self.cfg.reward!r}, which scores all samples as one set, expected 1 process"
             )
@@ -204,8 +205,8 @@ class TreeGRPO:
                 grad_mode=self.cfg.compile,
             )
         for name, rows in (("denoiser_rows", tree.forwards), ("denoiser_rows_unshared", tree.separate_forwards)):
-            rows *= self.session.accelerator.num_processes
-            self.parts.memory[name] = self.parts.memory.get(name, 0) + rows
+            rows *= self.course.accelerator.num_processes
+            self.parts.extra[name] = self.parts.extra.get(name, 0) + rows
         return Branches(tree, torch.tensor([g.index for g, _ in roots])[tree.roots[-1]], {})
 
     def assign_advantages(self, step: int, branches: Branches, groups: list[Group]) -> dict[str, float]:
@@ -219,7 +220,7 @@ class TreeGRPO:
             told = [tree.leaf_prompts[k : k + size] for k in starts]
             waiting = [self.scorer.submit([x], p, ids) for (x, ids), p in zip(pieces, told)]
             scored = [scores for future in waiting for scores in future.result()]
-        gathered = self.session.gather(branches.group_ids, scored)
+        gathered = self.course.gather(branches.group_ids, scored)
         rewards = self.scorer.combine(gathered.shaped, gathered.ids)
         plain = self.scorer.plain(gathered.shaped)
         if self.cfg.method == "b2_diffurl":
@@ -314,7 +315,7 @@ class TreeGRPO:
 
     def history_scores(self, step: int, rewards: Tensor, ids: Tensor, groups: list[Group]) -> Tensor:
         """B2-DiffuRL's normalised rewards of all leaves, with the last stages' of the same prompt."""
-        memory = self.parts.memory
+        memory = self.parts.extra
         past = [(k, p, values) for k, p, values in memory.get("history", []) if k >= step - self.cfg.of("history")]
         scores = torch.empty(len(rewards))
         texts = [groups[k].prompt for k in ids.tolist()]
@@ -362,39 +363,39 @@ class TreeGRPO:
 
     def update(self, step: int, branches: Branches) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, device = self.cfg, self.session.accelerator.device
+        cfg, device = self.cfg, self.course.accelerator.device
         count = sum(int(a.ne(0).sum()) if cfg.method == "b2_diffurl" else len(a) for a in branches.advantages.values())
-        edges = int(self.session.accelerator.reduce(torch.tensor(count, device=device), "sum"))
+        edges = int(self.course.accelerator.reduce(torch.tensor(count, device=device), "sum"))
         sums, norms = {}, []  # type: ignore[var-annotated]
         for _ in range(cfg.inner_epochs if edges else 0):  # where nothing is kept, no update is made
             with self.run.stage("train"):
                 add_sums(sums, self.backward(branches, 1 / edges))
-                norms.append(self.parts.apply_gradients(self.session.accelerator, step))
+                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
         names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
         norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        means = self.session.means(sums, names)
+        means = mean_over_processes(self.course.accelerator, sums, names)
         return {**means, "grad_norm": norm, "trained_edges": edges, "skipped_updates": self.parts.skipped}
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
     trees = cfg.of("trees") if "trees" in METHODS[cfg.method] else 1
-    with open_session(cfg, cfg.method, cfg.prompts_per_step) as session:
-        trainer = TreeGRPO(session)
-        for step in session.steps():
-            groups = iteration_groups(session.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
-            branches = trainer.sample(step, session.share(groups))
+    with open_course(cfg, cfg.method, cfg.prompts_per_step) as course:
+        trainer = TreeGRPO(course)
+        for step in course.steps():
+            groups = iteration_groups(course.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
+            branches = trainer.sample(step, course.share(groups))
             values = trainer.assign_advantages(step, branches, groups)
             values |= trainer.update(step, branches)
             drawn = [(branches.tree.images, branches.tree.leaf_prompts)]
-            images = len(branches.tree) * session.accelerator.num_processes
-            session.end_step(values, drawn, *trainer.seen, images)
-        if session.parts.step == cfg.steps and (alone := session.parts.memory.get("denoiser_rows_unshared")):
-            rows = session.parts.memory["denoiser_rows"]
-            session.run.say(
+            images = len(branches.tree) * course.accelerator.num_processes
+            course.end_step(values, drawn, *trainer.seen, images)
+        if course.parts.step == cfg.steps and (alone := course.parts.extra.get("denoiser_rows_unshared")):
+            rows = course.parts.extra["denoiser_rows"]
+            course.run.say(
                 f"sampling took {rows} rows of the denoiser, {1 - rows / alone:.0%} fewer than image by image"
             )
-    return session.plan.folder
+    return course.plan.folder
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -31,8 +31,9 @@ from visalign.training import options, outcome
 from visalign.training.config import parse_config
 from visalign.training.data import Group, iteration_groups
 from visalign.training.learning import add_gradients, add_sums
+from visalign.training.optimization import mean_over_processes
 from visalign.training.scoring import Scored
-from visalign.training.session import Session, open_session, shown
+from visalign.training.course import Course, open_course, shown
 from visalign.transitions import make_transition
 from visalign.windows import trained_steps
 
@@ -103,8 +104,8 @@ class Batch:
 class VGPO:
     """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
 
-    def __init__(self, session: Session):
-        self.cfg, self.session, self.parts, self.run = session.cfg, session, session.parts, session.run
+    def __init__(self, course: Course):
+        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
         self.generator, self.scorer = self.parts.generator, self.parts.scorer
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
         self.schedule = self.generator.schedule
@@ -178,14 +179,14 @@ class VGPO:
                 for batch, scores in zip(waited, future.result()):
                     batch.scored = scores
         self.waiting = []
-        all_ = self.session.gather(self.ids(batches), [b.scored for b in batches if b.scored is not None])
+        all_ = self.course.gather(self.ids(batches), [b.scored for b in batches if b.scored is not None])
         rewards = self.scorer.combine(all_.shaped, all_.ids).view(count, -1)  # step by step, group by group
         parts, valid = all_.parts.view(len(all_.parts), count, -1), all_.valid.view(count, -1)
         group_ids = all_.ids.view(count, -1)[0]
         if cfg.negative_rewards == "refuse" and bool((rewards < 0).any()):
             raise ValueError(f"reward: got {float(rewards.min()):g}, expected >= 0 (or negative_rewards 'shift')")
-        rewards, self.parts.memory["reward_minimum"] = shift_rewards(
-            rewards, self.parts.memory.get("reward_minimum", 0.0)
+        rewards, self.parts.extra["reward_minimum"] = shift_rewards(
+            rewards, self.parts.extra.get("reward_minimum", 0.0)
         )
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
@@ -196,7 +197,7 @@ class VGPO:
             rows = part.float().to(batch.trajectory.final.device).view(count, -1)
             batch.advantages = {i: rows[i] for i in self.trained}
         groups = group_statistics(values.mean(0), group_ids)
-        lowest = self.parts.memory["reward_minimum"]
+        lowest = self.parts.extra["reward_minimum"]
         here = torch.isin(group_ids, torch.cat([b.group_ids for b in batches]))
         order = torch.cat([here.nonzero().flatten(), (~here).nonzero().flatten()])  # this process's first
         self.seen = group_ids[order], (rewards[-1] + lowest)[order]
@@ -255,27 +256,27 @@ class VGPO:
                 for batch in batches:
                     scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
                     add_sums(sums, self.backward(batch, scale))
-                norms.append(self.parts.apply_gradients(self.session.accelerator, step))
+                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
         names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        means = self.session.means(sums, names + (["kl"] if cfg.kl_weight else []))
+        means = mean_over_processes(self.course.accelerator, sums, names + (["kl"] if cfg.kl_weight else []))
         norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
         return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    with open_session(cfg, "vgpo", cfg.prompts_per_step) as session:
-        trainer = VGPO(session)
-        for step in session.steps():
+    with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
+        trainer = VGPO(course)
+        for step in course.steps():
             groups = iteration_groups(
-                session.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
+                course.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
             )
-            batches = trainer.sample(session.share(groups))
+            batches = trainer.sample(course.share(groups))
             values = trainer.assign_advantages(batches)
             values |= trainer.update(step, batches)
             images = cfg.prompts_per_step * cfg.group_size
-            session.end_step(values, shown([b.trajectory for b in batches]), *trainer.seen, images)
-    return session.plan.folder
+            course.end_step(values, shown([b.trajectory for b in batches]), *trainer.seen, images)
+    return course.plan.folder
 
 
 def cli(argv: list[str] | None = None) -> None:

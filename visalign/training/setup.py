@@ -49,7 +49,7 @@ class Parts:
     images_sampled: int = 0
     best: tuple[float, int] | None = None
     before: Evaluation | None = None
-    memory: dict[str, Any] = field(default_factory=dict)  # what a trainer remembers between steps, as JSON can hold it
+    extra: dict[str, Any] = field(default_factory=dict)  # what a trainer itself carries from step to step, as JSON
 
     def apply_gradients(self, accelerator: Accelerator, step: int) -> float:
         """One optimiser update and one of the average, unless a gradient is not finite; returns the gradient norm."""
@@ -154,7 +154,7 @@ def restore(path: Path, parts: Parts) -> None:
     parts.best = tuple(state["best"]) if state["best"] else None
     if parts.monitor is not None and state.get("monitor"):
         parts.monitor.load_state_dict(state["monitor"])
-    parts.memory = state.get("memory", {})
+    parts.extra = state.get("extra", {})
     before = {k: v.double() for k, v in tensors.get("before", {}).items()}
     parts.before = Evaluation(state["before_prompts"], before) if before else None
 
@@ -187,7 +187,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                     "best": parts.best,
                     "ema_updates": parts.average.updates,
                     "monitor": parts.monitor.state_dict() if parts.monitor else None,
-                    "memory": parts.memory,
+                    "extra": parts.extra,
                     "before_prompts": parts.before.prompts if parts.before else [],
                 },
             )

@@ -1,9 +1,9 @@
 """A training under way: what a trainer's loop needs beside its algorithm.
 
-    with open_session(cfg, "vgpo", cfg.prompts_per_step) as session:
-        for step in session.steps():
+    with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
+        for step in course.steps():
             ...  # sample, score, learn
-            session.end_step(values, drawn, group_ids, rewards)
+            course.end_step(values, drawn, group_ids, rewards)
 
 Evaluation before and after, the hacking watch, metrics, pictures, checkpoints, stopping and the summary are done here.
 """
@@ -19,12 +19,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.rollout import Trajectory
-from visalign.transitions import ode_of
 
 from . import outcome, preflight, setup
 from .config import save_config
 from .data import Group, share_of
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
 from .run import WATCH, Run
 from .scoring import Scored
 from .watching import roll_back, watch
@@ -55,7 +54,7 @@ class Gathered:
         return values[torch.argsort(self.order)]
 
 
-class Session:
+class Course:
     """One process's part in a training."""
 
     def __init__(self, cfg: Any, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run):
@@ -70,7 +69,7 @@ class Session:
             save_config(replace(cfg, resume=None), self.plan.folder / "config.yaml")
         outcome.announce(run, cfg, self.plan, parts)
         if parts.before is None:
-            parts.before = self.evaluate(self.plan.eval_prompts)
+            parts.before = self._evaluate()
             outcome.say_evaluation(run, parts.before, "before")
             run.log(0, outcome.evaluation_values(parts.before))
         with run.progress:
@@ -84,7 +83,7 @@ class Session:
             if parts.step == cfg.steps or run.stopping == WATCH:
                 if run.stopping == WATCH and cfg.monitor == "rollback":
                     roll_back(run, parts)
-                outcome.finish(run, cfg, self.plan, parts, self.evaluate(self.plan.eval_prompts))
+                outcome.finish(run, cfg, self.plan, parts, self._evaluate())
 
     def share(self, groups: Sequence[Group]) -> list[Group]:
         """This process's groups."""
@@ -106,28 +105,9 @@ class Session:
         start = accelerator.process_index * count
         return Gathered(ids[order], rows[:labels], rows[labels:-1], rows[-1], order, start, count)
 
-    def means(self, sums: dict[str, Tensor], names: Sequence[str]) -> dict[str, float]:
-        """Means over all processes of sums that were taken with a "count"."""
-        zero = torch.zeros((), device=self.accelerator.device)
-        values = torch.stack([sums.get(n, zero).to(zero.device).float() for n in (*names, "count")])
-        values = self.accelerator.reduce(values, "sum")
-        return dict(zip(names, (values[:-1] / values[-1].clamp(min=1)).tolist()))
-
-    def evaluate(self, prompts: list[str]) -> Evaluation:
-        """The averaged weights on held-out prompts, without noise in the steps."""
-        accelerator, parts = self.accelerator, self.parts
-        with self.run.stage("evaluate"), parts.policy.swapped(parts.average.values):
-            return evaluate(
-                parts.generator,
-                ode_of(parts.generator.schedule),
-                prompts,
-                parts.judges,
-                seed=self.cfg.eval_seed,
-                batch_size=self.cfg.batch_size,
-                process=accelerator.process_index,
-                processes=accelerator.num_processes,
-                gather=lambda t: accelerator.gather(t.to(accelerator.device)),
-            )
+    def _evaluate(self, count: int | None = None) -> Evaluation:
+        prompts = self.plan.eval_prompts[:count]
+        return setup.evaluate_average(self.run, self.cfg, self.parts, self.accelerator, prompts)
 
     def end_step(
         self,
@@ -151,7 +131,7 @@ class Session:
         parts.after_step(step + 1, time.monotonic() - self._started, images)
         self._stop = setup.stopping(run, self.accelerator)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
-            evaluation = self.evaluate(self.plan.eval_prompts[: cfg.eval_during])
+            evaluation = self._evaluate(cfg.eval_during)
             values |= outcome.evaluation_values(evaluation)
             setup.keep_best(parts, evaluation)
         run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
@@ -165,7 +145,7 @@ class Session:
 
 
 @contextmanager
-def open_session(cfg: Any, trainer: str, prompts_per_update: int) -> Iterator[Session]:
+def open_course(cfg: Any, trainer: str, prompts_per_update: int) -> Iterator[Course]:
     """Check all that can be checked, then load; afterwards, threads and files are closed.
 
     Args:
@@ -182,7 +162,7 @@ def open_session(cfg: Any, trainer: str, prompts_per_update: int) -> Iterator[Se
     parts = setup.build(cfg, plan, accelerator)
     run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
     try:
-        yield Session(cfg, plan, accelerator, parts, run)
+        yield Course(cfg, plan, accelerator, parts, run)
     finally:
         parts.scorer.close()
         run.close()
@@ -190,5 +170,5 @@ def open_session(cfg: Any, trainer: str, prompts_per_update: int) -> Iterator[Se
 
 
 def shown(trajectories: Sequence[Trajectory]) -> list[tuple[Tensor, Sequence[str]]]:
-    """Images and prompts, as `Session.end_step` wants them."""
+    """Images and prompts, as `Course.end_step` wants them."""
     return [(t.images, t.prompts) for t in trajectories if t.images is not None]
