@@ -17,8 +17,8 @@ from visalign.process_values import turning_point_rewards
 from visalign.trainers import tree_grpo
 from visalign.trainers.tree_grpo import METHODS, Config, TreeGRPO, main
 from visalign.training.config import parse_config
-from visalign.training.data import iteration_groups
 from visalign.training.course import open_course
+from visalign.training.data import iteration_groups
 
 SMALL = {
     "branch_grpo": dict(split_steps=(0, 2)),

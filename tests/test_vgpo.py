@@ -14,9 +14,9 @@ from visalign.rewards import make_reward
 from visalign.trainers import vgpo
 from visalign.trainers.vgpo import VGPO, Config, main
 from visalign.training.config import parse_config
+from visalign.training.course import open_course
 from visalign.training.data import iteration_groups
 from visalign.training.scoring import Scorer
-from visalign.training.course import open_course
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def small(options, world_files):
     dark = world_files / "dark.py"  # below 0
     dark.write_text("def dark(images, prompts):\n    return -1 - images.flatten(1).mean(1)\n")
     kept = {k: v for k, v in options.items() if k != "window"}
-    return {**kept, "group_size": 3, "absolute_steps": 2}
+    return {**kept, "group_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,12 @@ def as_built(request):
 
 
 def trainer_of(course, scorer=None, **changes) -> VGPO:
-    trainer = VGPO(course)
-    trainer.cfg, trainer.scorer = replace(course.cfg, **changes), scorer or trainer.scorer
+    given, course.cfg = course.cfg, replace(course.cfg, **changes)
+    try:
+        trainer = VGPO(course)
+    finally:
+        course.cfg = given
+    trainer.scorer = scorer or trainer.scorer
     return trainer
 
 
@@ -166,6 +170,23 @@ def test_each_option_of_the_advantages_changes_them(course, changes):
         assert torch.equal(other[1:], base[1:])
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(eta=0.3), dict(sampler="cps"), dict(sampler="dance_sde"), dict(same_latents=True)], ids=str
+)
+def test_each_option_of_sampling_changes_the_images(course, changes):
+    base, other = (sampled(trainer_of(course, batch_size=6, **given))[0].trajectory for given in ({}, changes))
+    assert (other.images - base.images).abs().max() > 1e-3
+    first = other.latents[0]
+    assert torch.equal(first[0], first[1]) == ("same_latents" in changes)
+
+
+def test_the_last_step_is_not_trained_by_default_nor_one_without_noise(course):
+    assert trainer_of(course, timestep_fraction=0.99).trained == [0, 1, 2]
+    assert trainer_of(course).trained == [0, 1, 2, 3]
+    assert trainer_of(course, sampler="cps").trained == [0, 1, 2]
+    assert trainer_of(course, timestep_fraction=0.5).trained == [0, 1]
+
+
 def test_negative_rewards_are_shifted_and_remembered_or_refused(course, world_files):
     scorer = Scorer(make_reward(f"{world_files / 'dark.py'}:dark"), torch.device("cpu"))
     trainer = trainer_of(course, scorer)
@@ -272,7 +293,8 @@ def test_two_processes_sample_the_same_and_make_the_same_first_update_as_one(sma
         (dict(sampler="cps", eta=2), "eta: got 2"),
         (dict(discount=2), "discount: got 2.*expected within"),
         (dict(absolute=-1), "absolute: got -1"),
-        (dict(absolute_steps=5), "absolute_steps: got 5, expected 1 .. 4"),
+        (dict(absolute=1, absolute_steps=5), "absolute_steps: got 5, expected 1 .. 4"),
+        (dict(absolute_steps=2), "absolute_steps: got 2 with absolute 0, expected None"),
         (dict(max_weight=0.5), "max_weight: got 0.5"),
         (dict(timestep_fraction=0.2), "timestep_fraction: got 0.2 of 4"),
         (dict(kl_weight=-1), "kl_weight: got -1"),

@@ -35,10 +35,10 @@ from visalign.objectives.policy_gradient import clipped_surrogate, tempflow_weig
 from visalign.process_values import turning_point_rewards
 from visalign.training import options, outcome
 from visalign.training.config import parse_config
+from visalign.training.course import Course, open_course
 from visalign.training.data import Group, iteration_groups
 from visalign.training.learning import add_gradients, add_sums
 from visalign.training.optimization import mean_over_processes
-from visalign.training.course import Course, open_course
 from visalign.transitions import make_transition
 from visalign.tree_advantages import (
     depth_advantages,
@@ -239,17 +239,20 @@ class TreeGRPO:
             spoilt = torch.zeros(len(layer.parents), dtype=torch.bool)
             spoilt[tree.ancestors()[i + 1][failed]] = True  # a failed score below it
             advantages = clip_advantages(advantages.float(), self.cfg.max_advantage)[layer.drawn]
+            if self.cfg.method == "b2_diffurl":
+                signs = advantages > 0
+                advantages *= torch.where(signs, self.cfg.of("positive_weight"), self.cfg.of("negative_weight"))
             branches.advantages[i] = advantages.masked_fill(spoilt[layer.drawn], 0.0).to(tree.final.device)
         stats = group_statistics(plain, gathered.ids)
-        self.seen = gathered.ids[torch.argsort(gathered.order)], gathered.first_mine(plain)
+        self.seen = gathered.first_mine(gathered.ids), gathered.first_mine(plain)
         labels = self.scorer.labels
         parts = {f"reward_{k}": float(v.mean()) for k, v in zip(labels, gathered.parts)} if len(labels) > 1 else {}
-        flat = torch.cat([a for a in branches.advantages.values()] or [torch.zeros(1)])
+        sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
         return {
             "reward_mean": float(plain.mean()),
             "reward_std_in_group": stats.stds.mean().item(),
             "zero_std_groups": stats.zero_std_fraction,
-            "advantage_abs_mean": float(flat.abs().mean()),
+            "advantage_abs_mean": float(self.course.accelerator.reduce(sizes, "mean")),
             "forwards_per_image": tree.forwards / len(tree),
             "failed_scores": int((gathered.valid == 0).sum()),
             **parts,
@@ -306,12 +309,9 @@ class TreeGRPO:
 
     def selected_credit(self, tree: Tree, _ids: Tensor, scores: Tensor) -> dict[int, Tensor]:
         """B2-DiffuRL: the normalised reward, of the best and the worst of each branching, from the branching on."""
-        cfg, widths = self.cfg, [len(layer.parents) for layer in tree.layers]
-        kept = select_branches(scores, tree.roots[-1], cfg.of("keep_above"), cfg.of("keep_below"))
-        weights = torch.where(scores > 0, cfg.of("positive_weight"), cfg.of("negative_weight"))
-        scores = clip_advantages(scores, cfg.max_advantage) * weights * kept
-        split = widths.index(len(tree))  # before it there is one node a tree, and no edge is trained
-        return {i: scores for i in self.noisy_steps(tree) if i >= split}
+        kept = select_branches(scores, tree.roots[-1], self.cfg.of("keep_above"), self.cfg.of("keep_below"))
+        split = [len(layer.parents) for layer in tree.layers].index(len(tree))  # what is before is not trained
+        return {i: scores * kept for i in self.noisy_steps(tree) if i >= split}
 
     def history_scores(self, step: int, rewards: Tensor, ids: Tensor, groups: list[Group]) -> Tensor:
         """B2-DiffuRL's normalised rewards of all leaves, with the last stages' of the same prompt."""

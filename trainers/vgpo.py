@@ -29,11 +29,11 @@ from visalign.process_values import dual_advantages, process_values, shift_rewar
 from visalign.rollout import Trajectory, recompute, rollout
 from visalign.training import options, outcome
 from visalign.training.config import parse_config
+from visalign.training.course import Course, open_course, shown
 from visalign.training.data import Group, iteration_groups
 from visalign.training.learning import add_gradients, add_sums
 from visalign.training.optimization import mean_over_processes
 from visalign.training.scoring import Scored
-from visalign.training.course import Course, open_course, shown
 from visalign.transitions import make_transition
 from visalign.windows import trained_steps
 
@@ -53,7 +53,7 @@ class Config(options.CommonConfig):
     # Values and advantages
     discount: float = 0.9  # of later instant rewards; our guess
     absolute: float = 0.0  # k of the absolute term, 0 turns it off; its size is a guess, too
-    absolute_steps: int = 5  # first steps that have the absolute term
+    absolute_steps: int | None = None  # first steps that have it; None: 5, or all where there are fewer
     max_weight: float = 5.0  # of a step among those of its trajectory
     negative_rewards: Literal["shift", "refuse"] = "shift"  # by the running minimum, or end with an error
     advantage_std: Literal["group", "global"] = "group"
@@ -78,8 +78,10 @@ class Config(options.CommonConfig):
             raise ValueError(f"eta: got {self.eta}, expected within (0, 1] for cps, a share of the noise")
         if not 0 <= self.discount <= 1:
             raise ValueError(f"discount: got {self.discount}, expected within [0, 1]")
-        if not 1 <= self.absolute_steps <= self.num_steps:
+        if not 1 <= self.horizon <= self.num_steps:
             raise ValueError(f"absolute_steps: got {self.absolute_steps}, expected 1 .. {self.num_steps} (num_steps)")
+        if self.absolute_steps is not None and not self.absolute:
+            raise ValueError(f"absolute_steps: got {self.absolute_steps} with absolute 0, expected None")
         if not self.max_weight >= 1:
             raise ValueError(f"max_weight: got {self.max_weight}, expected >= 1, the mean weight")
         noisy = self.num_steps - (self.sampler == "cps")  # its last step has no noise
@@ -88,6 +90,11 @@ class Config(options.CommonConfig):
                 f"timestep_fraction: got {self.timestep_fraction} of {noisy} stochastic steps, expected within (0, 1] "
                 "and at least one step"
             )
+
+    @property
+    def horizon(self) -> int:
+        """First steps that have the absolute term."""
+        return min(5, self.num_steps) if self.absolute_steps is None else self.absolute_steps
 
 
 @dataclass
@@ -190,7 +197,7 @@ class VGPO:
         )
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
-        advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.absolute_steps, cfg.advantage_std)
+        advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std)
         advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage) * valid.prod(0)  # 0: failed
         sizes = [count * len(b.group_ids) for b in batches]
         for batch, part in zip(batches, all_.mine(advantages.flatten()).split(sizes)):
@@ -250,7 +257,8 @@ class VGPO:
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, sums, norms = self.cfg, {}, []  # type: ignore[var-annotated]
+        cfg, norms = self.cfg, []
+        sums: dict[str, Tensor] = {}
         for _ in range(cfg.inner_epochs):
             with self.run.stage("train"):
                 for batch in batches:

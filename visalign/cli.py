@@ -9,6 +9,7 @@ from pathlib import Path
 TRAINERS = {
     "flow_grpo": "GRPO for flow-matching models (the default)",
     "vgpo": "a value for each denoising step",
+    "tree_grpo": "images of a prompt branch: BranchGRPO, TreeGRPO, TempFlow-GRPO, TP-GRPO, B2-DiffuRL",
 }
 
 
