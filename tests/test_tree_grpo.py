@@ -54,10 +54,12 @@ def as_built(request):
 
 
 def trainer_of(course, method="branch_grpo", **changes) -> TreeGRPO:
-    trainer = TreeGRPO(course)
     bare = {k: v for k, v in asdict(course.cfg).items() if k not in ("split_steps", "method")}
-    trainer.cfg = Config(**{**bare, "method": method, **SMALL[method], **changes})
-    return trainer
+    given, course.cfg = course.cfg, Config(**{**bare, "method": method, **SMALL[method], **changes})
+    try:
+        return TreeGRPO(course)
+    finally:
+        course.cfg = given
 
 
 def sampled(trainer, step=0):
@@ -240,7 +242,6 @@ def test_an_empty_selection_makes_no_update(course):
 @pytest.mark.parametrize("method", list(SMALL))
 def test_the_gradient_is_that_of_every_edge_by_itself_and_ratios_begin_at_1(course, method):
     trainer = trainer_of(course, method, clip_range=10.0, eta=0.5)
-    trainer.transition = tree_grpo.make_transition("flow_sde", eta=0.5)
     branches, _ = assigned(trainer)
     _, sums = gradient(trainer, branches)
     assert float(sums["ratio_mean"] / sums["count"]) == pytest.approx(1, abs=1e-6)
@@ -299,6 +300,8 @@ def test_options_of_the_objective_change_the_gradient(course, method, changes):
         ("branch_grpo", dict(children=3)),
         ("branch_grpo", dict(split_steps=(1,))),
         ("branch_grpo", dict(between="sde")),
+        ("branch_grpo", dict(eta=0.3)),
+        ("branch_grpo", dict(sampler="cps")),
         ("tree_grpo", dict(window_size=1)),
         ("tp_grpo", dict(trees=3)),
         ("b2_diffurl", dict(trees=2)),
@@ -417,12 +420,8 @@ def test_wrong_values_end_with_one_line_before_loading(small, changes, message, 
 
 
 def test_a_sampler_of_another_kind_of_model_is_refused(course):
-    course_cfg, course.cfg = course.cfg, replace(course.cfg, sampler="ddim", eta=1.0)
-    try:
-        with pytest.raises(ValueError, match="^sampler: got 'ddim' on a flow model"):
-            TreeGRPO(course)
-    finally:
-        course.cfg = course_cfg
+    with pytest.raises(ValueError, match="^sampler: got 'ddim' on a flow model"):
+        trainer_of(course, sampler="ddim", eta=1.0)
 
 
 RECIPES = sorted((Path(tree_grpo.__file__).parent / "recipes").glob("*.yaml"))

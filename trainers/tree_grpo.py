@@ -31,7 +31,7 @@ from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_advantages, group_statistics
 from visalign.branching import Fork, Tree, branched_rollout
-from visalign.objectives.policy_gradient import clipped_surrogate, tempflow_weights
+from visalign.objectives.policy_gradient import clipped_surrogate, step_weights
 from visalign.process_values import turning_point_rewards
 from visalign.training import options, outcome
 from visalign.training.config import parse_config
@@ -169,10 +169,10 @@ class TreeGRPO:
                 f"sampler: got {self.cfg.sampler!r} on a {self.schedule.kind} model, expected a {wanted} one"
             )
         if self.scorer.one_set and course.accelerator.num_processes > 1:
-            raise ValueError(
-                f"reward: got {self.cfg.reward!r}, which scores all samples as one set, expected 1 process"
-            )
+            raise ValueError(f"reward: got {self.cfg.reward!r}, which scores samples as one set, expected 1 process")
         self.stds = [self.transition.std(self.schedule, i) for i in range(self.cfg.num_steps)]
+        weighted = self.cfg.method == "tempflow" and self.cfg.of("noise_weight")
+        self.step_weights = step_weights("tempflow" if weighted else "none", self.stds, self.schedule.levels)
 
     def forks(self, step: int) -> dict[int, Fork]:
         """Where this iteration's trees fork; growing nodes follow the ODE at all other steps."""
@@ -215,10 +215,9 @@ class TreeGRPO:
         assert images is not None
         size = len(images) if self.scorer.whole else self.cfg.batch_size
         with self.run.stage("score"):
-            pieces = zip(images.split(size), branches.group_ids.split(size))
-            starts = range(0, len(images), size)
-            told = [tree.leaf_prompts[k : k + size] for k in starts]
-            waiting = [self.scorer.submit([x], p, ids) for (x, ids), p in zip(pieces, told)]
+            parts = [slice(k, k + size) for k in range(0, len(images), size)]
+            told, ids = tree.leaf_prompts, branches.group_ids
+            waiting = [self.scorer.submit([images[part]], told[part], ids[part]) for part in parts]
             scored = [scores for future in waiting for scores in future.result()]
         gathered = self.course.gather(branches.group_ids, scored)
         rewards = self.scorer.combine(gathered.shaped, gathered.ids)
@@ -246,7 +245,7 @@ class TreeGRPO:
         stats = group_statistics(plain, gathered.ids)
         self.seen = gathered.first_mine(gathered.ids), gathered.first_mine(plain)
         labels = self.scorer.labels
-        parts = {f"reward_{k}": float(v.mean()) for k, v in zip(labels, gathered.parts)} if len(labels) > 1 else {}
+        named = {f"reward_{k}": float(v.mean()) for k, v in zip(labels, gathered.parts)} if len(labels) > 1 else {}
         sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
         return {
             "reward_mean": float(plain.mean()),
@@ -255,7 +254,7 @@ class TreeGRPO:
             "advantage_abs_mean": float(self.course.accelerator.reduce(sizes, "mean")),
             "forwards_per_image": tree.forwards / len(tree),
             "failed_scores": int((gathered.valid == 0).sum()),
-            **parts,
+            **named,
         }
 
     # Credit: {step: advantages (E,) of all nodes after the step}; those that came by the ODE are not used ------------
@@ -276,11 +275,8 @@ class TreeGRPO:
         advantages = node_means(advantages, tree.ancestors()[steps[-1] + 1], len(tree.layers[steps[-1]].parents))
         edges = {steps[-1]: advantages}
         for i in reversed(steps[:-1]):  # the window has no gap
-            layer = tree.layers[i + 1]
-            weights = self.cfg.of("backup")
-            advantages = tree_backup(
-                advantages, layer.log_probs.cpu(), layer.parents, len(tree.layers[i].parents), weights
-            )
+            layer, count = tree.layers[i + 1], len(tree.layers[i].parents)
+            advantages = tree_backup(advantages, layer.log_probs.cpu(), layer.parents, count, self.cfg.of("backup"))
             edges[i] = advantages
         return edges
 
@@ -335,10 +331,10 @@ class TreeGRPO:
 
     def backward(self, branches: Branches, scale: float) -> dict[str, Tensor]:
         """Add the gradient of all edges, with one forward for those that begin at one node. Returns sums to log."""
-        tree, sums = branches.tree, {}  # type: ignore[var-annotated]
-        weights = tempflow_weights(self.stds) if self.cfg.method == "tempflow" and self.cfg.of("noise_weight") else None
+        tree = branches.tree
+        sums: dict[str, Tensor] = {}
         for i, advantages in branches.advantages.items():
-            layer, weight = tree.layers[i], 1.0 if weights is None else weights[i]
+            layer, weight = tree.layers[i], self.step_weights[i]
             assert layer.latents is not None
             live = advantages.cpu().ne(0).nonzero().flatten()  # no forward for edges without signal
             nodes = layer.parents[layer.drawn[live]].unique()
@@ -363,10 +359,10 @@ class TreeGRPO:
 
     def update(self, step: int, branches: Branches) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, device = self.cfg, self.course.accelerator.device
+        cfg, device, norms = self.cfg, self.course.accelerator.device, []
         count = sum(int(a.ne(0).sum()) if cfg.method == "b2_diffurl" else len(a) for a in branches.advantages.values())
         edges = int(self.course.accelerator.reduce(torch.tensor(count, device=device), "sum"))
-        sums, norms = {}, []  # type: ignore[var-annotated]
+        sums: dict[str, Tensor] = {}
         for _ in range(cfg.inner_epochs if edges else 0):  # where nothing is kept, no update is made
             with self.run.stage("train"):
                 add_sums(sums, self.backward(branches, 1 / edges))

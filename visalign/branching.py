@@ -155,7 +155,7 @@ def branched_rollout(
         for low in range(0, rows, batch_size or rows):
             high = min(rows, low + (batch_size or rows))
             begin = {} if states is None else {"latents": states[low:high], "start": start}
-            grower.open(low, high)
+            grower.low, grower.high = low, high
             with torch.set_grad_enabled(grad_mode):
                 generator.denoise(
                     [p for p, _ in told[low:high]], [s for _, s in told[low:high]], grower, stop=stop, **begin, **inputs
@@ -180,7 +180,7 @@ def branched_rollout(
 class _Grower:
     """The step function of a tree's pipeline calls: each runs a chunk of nodes up to and with the next change of width.
 
-    `plan` lays out the nodes of these steps, `open` begins a chunk, `close` joins the chunks.
+    `plan` lays out the nodes of these steps, `low` and `high` are the chunk's first and last + 1, `close` joins them.
     """
 
     def __init__(self, schedule: Schedule, transition: Transition, forks: Mapping[int, Fork], seeds: list[int]):
@@ -191,7 +191,7 @@ class _Grower:
         self.planned: dict[int, tuple[list[int], list[bool], list[int]]] = {}  # parents, stochastic, seeds
         self.pieces: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # states before, drawn after, log-probs
         self.following: list[Tensor] = []
-        self.low = self.high = 0
+        self.low = self.high = 0  # nodes of the chunk
 
     def plan(self, start: int) -> int:
         """Lay out the steps from `start` on; returns the one after the first at which the number of nodes changes."""
@@ -214,9 +214,6 @@ class _Grower:
             if len(parents) != len(self.seeds):
                 return i + 1
         return self.schedule.num_steps
-
-    def open(self, low: int, high: int) -> None:
-        self.low, self.high = low, high
 
     def __call__(self, step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         latents, prediction = latents.detach(), prediction.detach()
