@@ -163,11 +163,9 @@ class TreeGRPO:
         self.generator, self.scorer = self.parts.generator, self.parts.scorer
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
         self.schedule = self.generator.schedule
-        wanted = "diffusion" if self.cfg.sampler == "ddim" else "flow"
-        if self.schedule.kind != wanted:
-            raise ValueError(
-                f"sampler: got {self.cfg.sampler!r} on a {self.schedule.kind} model, expected a {wanted} one"
-            )
+        wanted, kind = "diffusion" if self.cfg.sampler == "ddim" else "flow", self.schedule.kind
+        if kind != wanted:
+            raise ValueError(f"sampler: got {self.cfg.sampler!r} on a {kind} model, expected a {wanted} model")
         if self.scorer.one_set and course.accelerator.num_processes > 1:
             raise ValueError(f"reward: got {self.cfg.reward!r}, which scores samples as one set, expected 1 process")
         self.stds = [self.transition.std(self.schedule, i) for i in range(self.cfg.num_steps)]
@@ -261,8 +259,7 @@ class TreeGRPO:
 
     def branch_credit(self, tree: Tree, _ids: Tensor, rewards: Tensor) -> dict[int, Tensor]:
         """BranchGRPO: a node's mean reward among the nodes of its depth in its tree."""
-        ancestors = tree.ancestors()
-        edges = {}
+        ancestors, edges = tree.ancestors(), {}
         for i in self.noisy_steps(tree):
             values = node_means(rewards, ancestors[i + 1], len(tree.layers[i].parents))
             edges[i] = depth_advantages(values, tree.roots[i + 1])
