@@ -155,6 +155,7 @@ class VGPO:
             self.score(batches)
         return batches
 
+    @torch.no_grad()
     def project(self, trajectory: Trajectory) -> list[Tensor]:
         """What the image would be after each step, T of (N, 3, H, W): x0 as the next step's forward estimates it."""
         assert trajectory.images is not None
