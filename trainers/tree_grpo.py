@@ -185,7 +185,7 @@ class TreeGRPO:
             return {i: Fork(leave=cfg.of("children"), ode=i != steps[-1]) for i in steps}
         if cfg.method == "tp_grpo":  # the trunk is stochastic, and the ODE's completions leave it
             return {i: Fork(grow=1, ode_leave=True) for i in cfg.window(step)}
-        split = cfg.num_steps - progressive_steps(step, *cfg.interval, cfg.of("stages"))
+        split = cfg.num_steps - progressive_steps(step, cfg.interval[0], cfg.interval[1], cfg.of("stages"))
         return {i: Fork(grow=cfg.of("children") if i == split else 1) for i in noisy}
 
     def sample(self, step: int, groups: list[Group]) -> Branches:
@@ -380,9 +380,9 @@ def main(cfg: Config) -> Path:
             branches = trainer.sample(step, course.share(groups))
             values = trainer.assign_advantages(step, branches, groups)
             values |= trainer.update(step, branches)
-            drawn = [(branches.tree.images, branches.tree.leaf_prompts)]
-            images = len(branches.tree) * course.accelerator.num_processes
-            course.end_step(values, drawn, *trainer.seen, images)
+            images, count = branches.tree.images, len(branches.tree) * course.accelerator.num_processes
+            assert images is not None
+            course.end_step(values, [(images, branches.tree.leaf_prompts)], *trainer.seen, count)
         if course.parts.step == cfg.steps and (alone := course.parts.extra.get("denoiser_rows_unshared")):
             rows = course.parts.extra["denoiser_rows"]
             course.run.say(
