@@ -30,7 +30,7 @@ from visalign.training.data import Group, iteration_groups, share_of
 from visalign.training.optimization import mean_over_processes
 from visalign.training.run import WATCH, Run
 from visalign.training.scoring import Scored
-from visalign.training.watching import roll_back, watch
+from visalign.training.watching import roll_back, watch, watch_evaluation
 from visalign.transitions import make_transition
 from visalign.windows import flash_post_steps, make_window, trained_steps
 
@@ -368,11 +368,12 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
             shown = [(t.images, t.prompts) for t in drawn if t.images is not None]
             values |= watch(run, parts, step + 1, shown, *trainer.seen, values.get("kl"))
             parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
-            stop = setup.stopping(run, accelerator)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
                 evaluation = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts[: cfg.eval_during])
                 values |= outcome.evaluation_values(evaluation)
+                watch_evaluation(run, parts, step + 1, evaluation, values)
                 setup.keep_best(parts, evaluation)
+            stop = setup.stopping(run, accelerator)
             run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
             if step % max(1, cfg.steps // 10) == 0:
                 run.save_grid(f"step-{step + 1}.png", shown[0][0][:16])
