@@ -26,7 +26,7 @@ from .data import Group, share_of
 from .evaluate import Evaluation
 from .run import WATCH, Run
 from .scoring import Scored
-from .watching import roll_back, watch
+from .watching import roll_back, watch, watch_evaluation
 
 
 @dataclass
@@ -129,11 +129,12 @@ class Course:
         step = parts.step
         values |= watch(run, parts, step + 1, drawn, group_ids, rewards, values.get("kl"))
         parts.after_step(step + 1, time.monotonic() - self._started, images)
-        self._stop = setup.stopping(run, self.accelerator)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
             evaluation = self._evaluate(cfg.eval_during)
             values |= outcome.evaluation_values(evaluation)
+            watch_evaluation(run, parts, step + 1, evaluation, values)
             setup.keep_best(parts, evaluation)
+        self._stop = setup.stopping(run, self.accelerator)
         run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
         if step % max(1, cfg.steps // 10) == 0:
             run.save_grid(f"step-{step + 1}.png", drawn[0][0][:16])
