@@ -3,7 +3,7 @@
     with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
         for step in course.steps():
             ...  # sample, score, learn
-            course.end_step(values, drawn, group_ids, rewards)
+            course.end_step(values, drawn, group_ids, rewards, images)
 
 Evaluation before and after, the hacking watch, metrics, pictures, checkpoints, stopping and the summary are done here.
 """
