@@ -115,6 +115,9 @@ class DeScoreReward:
         """images: videos (N, F, 3, H, W) in [0, 1]; prompts: N strings; context["fps"]: frames a second."""
         check_videos(images)
         check_prompts(images, prompts)
+        if min(images.shape[-2:]) < 4:  # the processor could not tell what is the channels' axis
+            got = f"{images.shape[-1]} x {images.shape[-2]} pixels"
+            raise ValueError(f"videos: got {got}, expected at least 4 pixels a side")
         fps = float((context or {}).get("fps", self.fps))
         thoughts, problems = self._think(images, prompts)
         scores = [

@@ -17,7 +17,7 @@ from visalign.images import check_images
 from visalign.names import unknown_name
 
 from .base import Context, RewardError, check_prompts, register_reward
-from .clip_encoder import ClipEncoder, check_clip_options, preprocess
+from .clip_encoder import MAX_ASPECT, ClipEncoder, check_clip_options, preprocess
 from .detector import Box, Detection, TransformersDetector, canonical
 from .output import RewardOutput
 from .plugins import load_callable
@@ -185,7 +185,7 @@ class ClipColours:
         cfg = self._encoder.model.visual.preprocess_cfg
         side = cfg["size"][0] if isinstance(cfg["size"], (tuple, list)) else cfg["size"]
         like = (side, (0, 0, 0), (1, 1, 1), cfg["interpolation"], cfg["resize_mode"])  # sizes only: to batch the crops
-        crops = [preprocess(crop_object(image, d)[None], *like) for d in objects]
+        crops = [preprocess(_middle(crop_object(image, d))[None], *like) for d in objects]
         features = self._encoder.embed_images(torch.cat(crops))
         best = (features @ self._embeddings(name).to(features.device).T).argmax(dim=1)
         return [COLOURS[k] for k in best.tolist()]
@@ -207,6 +207,13 @@ def crop_object(image: Tensor, found: Detection) -> Tensor:
     left, right = _pixels(found.box[0], found.box[2], width)
     top, bottom = _pixels(found.box[1], found.box[3], height)
     return image[:, top:bottom, left:right]
+
+
+def _middle(crop: Tensor) -> Tensor:
+    """Of a box too long to be resized whole, the part that a square in the middle lies in."""
+    most = MAX_ASPECT * min(crop.shape[1:])
+    top, left = (max(0, (side - most) // 2) for side in crop.shape[1:])
+    return crop[:, top : top + most, left : left + most]
 
 
 def _pixels(low: float, high: float, size: int) -> tuple[int, int]:

@@ -289,6 +289,7 @@ OPTIONS: dict[str, Callable[[TinyRewards], dict[str, Any]]] = {
     "rubric": lambda t: {"rubric": RUBRIC, "model": t.saved(save_tiny_vlm)},
     "segmental": lambda t: {"reward": tasteful},
     "set_consistency": lambda t: _hf_clip(t, pretrained=None),
+    "shapes_taste": lambda t: {},
     "temporal_flicker": lambda t: {},
     "unifiedreward": _judge(templates={"image": "SIDES of {prompt}", "video": "SIDES of {prompt}"}),
     "unifiedreward_flex": _judge(),

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from visalign.worlds import PARTS
+
 TRAINERS = {
     "flow_grpo": "GRPO for flow-matching models (the default)",
     "vgpo": "a value for each denoising step",
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     rewards.set_defaults(run=_rewards)
     world = commands.add_parser("world", help="the offline world: pictures, prompts, and building its models anew")
     world.add_argument("action", choices=("show", "prompts", "card", "build"))
-    world.add_argument("part", nargs="?", choices=("vae", "clip", "flow", "taste", "vlm"), help="for build")
+    world.add_argument("part", nargs="?", choices=PARTS, help="for build")
     world.add_argument("--split", default="test", choices=("train", "test", "compositional"))
     world.add_argument("--count", type=int, default=32)
     world.add_argument("--out", type=Path, default=Path("world"), help="folder for the result")
@@ -200,7 +202,7 @@ def _world(arguments: argparse.Namespace) -> None:
 
     _check_count(arguments)
     if (arguments.action == "build") != (arguments.part is not None):
-        raise ValueError("world: 'build' takes one of vae, clip, flow, taste, vlm, the other actions take none of them")
+        raise ValueError(f"world: 'build' takes one of {', '.join(PARTS)}, the other actions take none of them")
     if arguments.action == "card":
         print((WEIGHTS / "CARD.md").read_text())
     elif arguments.action == "prompts":
