@@ -12,6 +12,8 @@ TRAINERS = {
     "flow_grpo": "GRPO for flow-matching models (the default)",
     "ddpo": "DDPO, RLCM and TexForce for diffusion and consistency models",
     "reward_backprop": "gradients of a differentiable reward: DRaFT, AlignProp, ReFL, SRPO and others",
+    "vgpo": "a value for each denoising step",
+    "tree_grpo": "images of a prompt branch: BranchGRPO, TreeGRPO, TempFlow-GRPO, TP-GRPO, B2-DiffuRL",
 }
 
 

@@ -1,6 +1,6 @@
 """Sampling with a record: the states, actions and log-probabilities that a policy gradient needs.
 
-The record is kept in the latents' own type (float32). Branching rollouts are not here yet.
+The record is kept in the latents' own type (float32). Rollouts that branch are in `visalign.branching`.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,6 +58,8 @@ class Trajectory:
         log_probs: {step: (N,)}, of next_latents, mean over latent dimensions.
         means: {step: (N, ...)}, of the Gaussian (GRPO-Guard needs them); empty unless asked for.
         stds: {step: number}, of the Gaussian.
+        denoised: {step: (N, ...)}, the estimate of x0 at every visited step, of the same forward; empty unless asked
+            for.
         final: (N, ...), the final latents.
         images: (N, 3, H, W), float32 in [0, 1]; (N, F, 3, H, W) for video; None if not decoded.
     """
@@ -72,6 +74,7 @@ class Trajectory:
     log_probs: dict[int, Tensor] = field(default_factory=dict)
     means: dict[int, Tensor] = field(default_factory=dict)
     stds: dict[int, float] = field(default_factory=dict)
+    denoised: dict[int, Tensor] = field(default_factory=dict)
     images: Tensor | None = None
 
     def __len__(self) -> int:
@@ -94,6 +97,7 @@ class Trajectory:
             next_latents=rows_of(self.next_latents),
             log_probs=rows_of(self.log_probs),
             means=rows_of(self.means),
+            denoised=rows_of(self.denoised),
         )
 
 
@@ -108,6 +112,7 @@ def rollout(
     solver: Solver = "ode",
     post_steps: int | None = None,
     store_means: bool = False,
+    store_denoised: bool = False,
     decode: bool = True,
     grad_mode: bool = False,
     **inputs: Any,
@@ -128,6 +133,7 @@ def rollout(
             own levels (MixGRPO-Flash, flows only, needs sde_steps). Costs one pipeline call each but no model call for
             those left out.
         store_means: record the means too.
+        store_denoised: record the estimates of x0 too: one-step projections at no further model call.
         decode: also decode the images.
         grad_mode: run with gradients enabled and throw them away, for models whose compiled graph differs otherwise;
             images are then decoded in a call of their own, without.
@@ -143,7 +149,7 @@ def rollout(
             raise ValueError(f"{name}: got {len(values)}, expected {len(prompts)}, one per prompt")
     if solver not in ("ode", "dpm2m"):
         raise ValueError(f"solver: got {solver!r}, expected 'ode' or 'dpm2m'")
-    stepper = _Stepper(generator, transition, noise_seeds, sde_steps, solver, store_means)
+    stepper = _Stepper(generator, transition, noise_seeds, sde_steps, solver, store_means, store_denoised)
     decode_within = decode and not grad_mode
     images = None
     with torch.set_grad_enabled(grad_mode):
@@ -203,16 +209,18 @@ class _Stepper:
         sde_steps: Sequence[int] | None,
         solver: Solver,
         store_means: bool,
+        store_denoised: bool = False,
     ):
         self.generator, self.transition, self.noise_seeds = generator, transition, noise_seeds
         self.sde_steps, self.solver, self.store_means = sde_steps, solver, store_means
+        self.store_denoised = store_denoised
         self.schedule: Schedule | None = None
         self.ode: Transition | None = None
         self.stochastic: dict[int, float] = {}  # step: std
         self.next_level: dict[int, int] = {}  # where a step leads, if not to the next level
         self.previous: tuple[float, Tensor] | None = None  # sigma and denoised of the solver's step before
         self.record: dict[str, dict[int, Tensor]] = {
-            name: {} for name in ("latents", "next_latents", "log_probs", "means")
+            name: {} for name in ("latents", "next_latents", "log_probs", "means", "denoised")
         }
 
     def plan(self) -> Schedule:
@@ -244,6 +252,9 @@ class _Stepper:
     def __call__(self, step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         schedule = self.schedule or self.plan()
         latents, prediction = latents.detach(), prediction.detach()
+        if self.store_denoised:
+            assert self.ode is not None
+            self.record["denoised"][step_index] = self.ode(schedule, step_index, latents, prediction)[1]
         if step_index in self.stochastic:
             return self._sample(schedule, step_index, latents, prediction)
         if schedule.kind == "flow" and step_index > max(self.stochastic, default=-1):

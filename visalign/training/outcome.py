@@ -76,6 +76,7 @@ def finish(
         "skipped_updates": parts.skipped,
         "findings": sorted(parts.monitor.raised) if parts.monitor else [],
         "peak_memory_bytes": peak_memory(),
+        **{name: value for name, value in parts.extra.items() if isinstance(value, int | float)},
     }
     write_summary(run.folder, summary)
     report = write_report(run.folder, summary)

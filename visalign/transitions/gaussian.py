@@ -47,6 +47,10 @@ class Gaussian:
         shape = (mean.shape[0],) + (1,) * (mean.dim() - 1)
         return cls(mean, mean.new_full(shape, std), deterministic=std == 0)
 
+    def take(self, rows: Tensor) -> "Gaussian":
+        """Those of the samples at these places (K,), which may repeat: several draws from one."""
+        return Gaussian(self.mean[rows], self.std[rows], self.deterministic)
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, with standard normal noise shaped as mean. A deterministic step ignores the noise."""
         if self.deterministic:

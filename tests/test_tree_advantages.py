@@ -1,0 +1,104 @@
+"""From leaves' rewards to edges' advantages: known answers and the sums that must be 0."""
+
+import pytest
+import torch
+
+from visalign.tree_advantages import (
+    depth_advantages,
+    history_scores,
+    node_means,
+    progressive_steps,
+    select_branches,
+    tree_backup,
+)
+
+
+def random(n, seed=0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_node_is_worth_the_mean_of_its_leaves():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert node_means(rewards, torch.tensor([0, 0, 1, 1]), 2).tolist() == [1.5, 4.5]
+    assert node_means(rewards, torch.tensor([0, 0, 0, 0]), 1).tolist() == [3.0]
+    assert node_means(rewards, torch.arange(4), 4).tolist() == rewards.tolist()
+    assert node_means(rewards, torch.tensor([0, 1, 1, 1]), 2).tolist() == pytest.approx([1, 11 / 3])
+
+
+def test_advantages_of_a_depth_sum_to_0_in_each_tree_with_ddof_1():
+    values, trees = random(8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    advantages = depth_advantages(values, trees)
+    assert advantages.view(2, 4).sum(1).abs().max() < 1e-5
+    torch.testing.assert_close(advantages.view(2, 4).std(1, correction=1), torch.ones(2), atol=1e-5, rtol=0)
+
+
+def test_a_node_alone_at_its_depth_and_equal_leaves_have_no_advantage():
+    assert depth_advantages(torch.tensor([0.3, 0.9]), torch.tensor([0, 1])).tolist() == [0, 0]
+    assert depth_advantages(torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1])).tolist() == [0] * 4
+    nearly = torch.tensor([0.1, 0.1 + 1e-8], dtype=torch.float64)
+    assert depth_advantages(nearly, torch.tensor([0, 0])).tolist() == [0, 0]
+    assert depth_advantages(nearly, torch.tensor([0, 0]), least_std=1e-12).abs().min() > 0.1
+
+
+def test_softmax_backup_of_two_children_is_the_known_number_and_weights_sum_to_1():
+    advantages, log_probs = torch.tensor([1.0, -0.2]), torch.tensor([-1.0, -1.2])
+    parents = torch.tensor([0, 0])
+    torch.testing.assert_close(
+        tree_backup(advantages, log_probs, parents, 1, "softmax"), torch.tensor([0.4598]), atol=5e-5, rtol=0
+    )
+    assert tree_backup(advantages, log_probs, parents, 1, "uniform").item() == pytest.approx(0.4)
+    ones = tree_backup(torch.ones(6), random(6).float() * 50, torch.tensor([0, 0, 0, 1, 1, 2]), 3, "softmax")
+    torch.testing.assert_close(ones, torch.ones(3))
+    far = tree_backup(advantages, torch.tensor([-1e4, -1e4 - 0.2]), parents, 1, "softmax")
+    assert far.item() == pytest.approx(0.4598, abs=1e-3), "no underflow"
+
+
+def test_uniform_backup_gives_the_mean_of_the_leaves_and_first_edges_that_sum_to_0():
+    leaves = random(8) - random(8).mean()
+    second = tree_backup(leaves, leaves, torch.arange(8) // 2, 4, "uniform")
+    first = tree_backup(second, second, torch.arange(4) // 2, 2, "uniform")
+    torch.testing.assert_close(first, leaves.view(2, 4).mean(1))
+    assert abs(first.sum().item()) < 1e-12
+
+
+def test_trained_steps_grow_from_the_first_to_the_last_number():
+    counts = [progressive_steps(stage, 14, 20, 100) for stage in range(130)]
+    assert counts[0] == 14 and counts[99] == 20 and counts == sorted(counts) and counts[-1] == 20
+    assert [counts.count(n) for n in range(14, 20)] == [15, 14, 14, 15, 14, 14]
+    assert progressive_steps(50, 3, 3, 10) == 3
+
+
+def test_scores_are_normalised_with_what_came_before():
+    rewards = torch.tensor([1.0, 2.0, 3.0])
+    assert history_scores(rewards, torch.empty(0)).tolist() == pytest.approx([-1, 0, 1])
+    every = torch.tensor([0.0, 4.0, 1.0, 2.0, 3.0])
+    wanted = (rewards - every.mean()) / every.std()
+    torch.testing.assert_close(history_scores(rewards, torch.tensor([0.0, 4.0])), wanted)
+    assert history_scores(torch.full((3,), 0.1), torch.empty(0)).tolist() == [0, 0, 0]
+    assert history_scores(torch.tensor([5.0]), torch.empty(0)).tolist() == [0]
+    assert history_scores(torch.tensor([5.0]), torch.tensor([1.0, 2.0])).item() > 0
+
+
+def test_of_each_branching_at_most_the_best_and_the_worst_are_kept_and_only_if_they_stand_out():
+    branches = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    scores = torch.tensor([0.5, 1.5, -0.6, 0.4, 0.1, -0.5, -2.0, -0.7, -0.6])
+    assert select_branches(scores, branches).nonzero().flatten().tolist() == [1, 2, 6]
+    assert select_branches(scores, branches, high=0.4, low=-0.4).nonzero().flatten().tolist() == [1, 2, 3, 5, 6]
+    many = random(60).float()
+    kept = select_branches(many, torch.arange(60) // 5)
+    assert kept.view(12, 5).sum(1).max() <= 2 and kept.any()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: node_means(torch.ones(3), torch.zeros(2, dtype=torch.int64), 1), "rewards, ancestors: got shapes"),
+        (lambda: tree_backup(torch.ones(1), torch.ones(1), torch.tensor([0]), 1, "hard"), "weights: got 'hard'"),
+        (lambda: progressive_steps(0, 3, 2, 10), "first, last: got 3, 2"),
+        (lambda: progressive_steps(0, 1, 2, 0), "stage, stages: got 0, 0"),
+        (lambda: select_branches(torch.ones(1), torch.tensor([0]), high=-1, low=1), "high, low: got -1, 1"),
+    ],
+)
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

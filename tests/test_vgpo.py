@@ -1,0 +1,323 @@
+"""The VGPO trainer: projections at no further forward, one score call, its advantages, its options, whole runs."""
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_checks import assert_equal_runs, assert_two_processes_do_as_one, lines, stop_in_step
+
+from visalign.advantages import group_advantages
+from visalign.generator import Generator
+from visalign.rewards import make_reward
+from visalign.trainers import vgpo
+from visalign.trainers.vgpo import VGPO, Config, main
+from visalign.training.config import parse_config
+from visalign.training.course import open_course
+from visalign.training.data import iteration_groups
+from visalign.training.scoring import Scorer
+
+
+@pytest.fixture(scope="module")
+def small(options, world_files):
+    dark = world_files / "dark.py"  # below 0
+    dark.write_text("def dark(images, prompts):\n    return -1 - images.flatten(1).mean(1)\n")
+    kept = {k: v for k, v in options.items() if k != "window"}
+    return {**kept, "group_size": 3}
+
+
+@pytest.fixture(scope="module")
+def course(small, tmp_path_factory):
+    cfg = Config(**small, timestep_fraction=1.0, run_dir=str(tmp_path_factory.mktemp("vgpo") / "run"))
+    with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
+        course.fresh = {k: v.clone() for k, v in course.parts.policy.tensors().items()}
+        yield course
+
+
+@pytest.fixture(autouse=True)
+def as_built(request):
+    yield
+    if "course" in request.fixturenames:
+        course = request.getfixturevalue("course")
+        course.parts.policy.load(course.fresh)
+        course.parts.optimizer.zero_grad(set_to_none=True)
+        course.parts.optimizer.state.clear()
+        course.parts.extra.clear()
+
+
+def trainer_of(course, scorer=None, **changes) -> VGPO:
+    given, course.cfg = course.cfg, replace(course.cfg, **changes)
+    try:
+        trainer = VGPO(course)
+    finally:
+        course.cfg = given
+    trainer.scorer = scorer or trainer.scorer
+    return trainer
+
+
+def sampled(trainer):
+    cfg = trainer.cfg
+    groups = iteration_groups(
+        trainer.course.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
+    )
+    with torch.no_grad():
+        return trainer.sample(groups)
+
+
+def advantages(trainer, batches):
+    values = trainer.assign_advantages(batches)
+    rows = [torch.cat([b.advantages[i] for b in batches]) for i in trainer.trained]
+    return torch.stack(rows), values
+
+
+class Counting:
+    """Brightness, with a record of how many images each call had."""
+
+    name, kind, differentiable, range, needs = "counting", "pointwise", False, (0.0, 1.0), ()
+
+    def __init__(self, constant=False, kind="pointwise"):
+        self.calls, self.constant, self.kind = [], constant, kind
+
+    def __call__(self, images, prompts, context=None):
+        self.calls.append((len(images), context))
+        if self.constant:  # the same for a trajectory's steps: by the prompt and the place in the group
+            return torch.arange(len(images)).remainder(6).float() / 6
+        return images.flatten(1).mean(1)
+
+
+def test_projections_cost_no_forward_and_are_the_one_step_estimates(course):
+    trainer, forwards, kept = trainer_of(course, batch_size=6), [], {}
+    block = course.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
+    hook = block.register_forward_pre_hook(lambda *_: forwards.append(1))
+    project = trainer.project
+
+    def keep(trajectory):
+        kept["trajectory"], kept["images"] = trajectory, project(trajectory)
+        return kept["images"]
+
+    trainer.project = keep
+    sampled(trainer)
+    hook.remove()
+    assert len(forwards) == 4  # T, as a plain rollout
+    trajectory, images = kept["trajectory"], kept["images"]
+    assert len(images) == 4 and torch.equal(images[-1], trajectory.images) and trajectory.denoised == {}
+    with torch.no_grad():
+        for i in range(3):
+            state = trajectory.next_latents[i]
+            velocity = course.parts.generator.predict(state, i + 1, trajectory.prompts, trajectory.seeds)
+            x0 = state - trainer.schedule.levels[i + 1] * velocity
+            wanted = course.parts.generator.decode(x0, trajectory.prompts, trajectory.seeds)
+            torch.testing.assert_close(images[i], wanted, atol=1e-5, rtol=0)
+
+
+def test_the_value_pass_scores_a_batch_in_one_call_and_a_group_reward_sees_each_step_apart(course):
+    pointwise = Counting()
+    sampled(trainer_of(course, Scorer(pointwise, torch.device("cpu")), batch_size=4))
+    assert [n for n, _ in pointwise.calls] == [4 * 4, 2 * 4]
+    groupwise = Counting(kind="groupwise")
+    sampled(trainer_of(course, Scorer(groupwise, torch.device("cpu")), batch_size=4))
+    ((count, context),) = groupwise.calls
+    assert count == 6 * 4 and context["group_ids"].bincount().tolist() == [3] * (2 * 4)
+
+
+def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_steps_advantage(course):
+    trainer = trainer_of(course, batch_size=6)
+    (batch,) = batches = sampled(trainer)
+    advantages(trainer, batches)
+    seen = []
+
+    def look(i, _latents, prediction):
+        loss, stats = trainer.loss(batch.trajectory, i, prediction, batch.advantages[i], None)
+        assert torch.equal(loss, -batch.advantages[i]) and stats["clip_fraction"] == 0
+        seen.append(i)
+
+    states = batch.trajectory.latents
+    course.parts.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
+    assert seen == [0, 1, 2, 3]
+    assert not torch.equal(batch.advantages[0], batch.advantages[3])
+
+
+def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grpos(course):
+    scorer = Scorer(Counting(constant=True), torch.device("cpu"))
+    trainer = trainer_of(course, scorer, discount=0.0, batch_size=6)
+    result, _ = advantages(trainer, sampled(trainer))
+    rewards = torch.arange(6).float() / 6
+    wanted = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]))
+    wanted[0] = 0.0  # its reward is 0 at all steps, so its weight is, too
+    torch.testing.assert_close(result, wanted.expand(4, 6), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(discount=0.1),
+        dict(absolute=3.0),
+        dict(absolute=3.0, absolute_steps=1),
+        dict(max_weight=1.0),
+        dict(advantage_std="global"),
+        dict(max_advantage=0.5),
+    ],
+    ids=str,
+)
+def test_each_option_of_the_advantages_changes_them(course, changes):
+    trainer = trainer_of(course)
+    batches = sampled(trainer)
+    base, _ = advantages(trainer, batches)
+    other, _ = advantages(trainer_of(course, **changes), batches)
+    assert (other - base).abs().max() > 1e-3
+    if changes == dict(absolute=3.0, absolute_steps=1):
+        assert torch.equal(other[1:], base[1:])
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(eta=0.3), dict(sampler="cps"), dict(sampler="dance_sde"), dict(same_latents=True)], ids=str
+)
+def test_each_option_of_sampling_changes_the_images(course, changes):
+    base, other = (sampled(trainer_of(course, batch_size=6, **given))[0].trajectory for given in ({}, changes))
+    assert (other.images - base.images).abs().max() > 1e-3
+    first = other.latents[0]
+    assert torch.equal(first[0], first[1]) == ("same_latents" in changes)
+
+
+def test_the_last_step_is_not_trained_by_default_nor_one_without_noise(course):
+    assert trainer_of(course, timestep_fraction=0.99).trained == [0, 1, 2]
+    assert trainer_of(course).trained == [0, 1, 2, 3]
+    assert trainer_of(course, sampler="cps").trained == [0, 1, 2]
+    assert trainer_of(course, timestep_fraction=0.5).trained == [0, 1]
+
+
+def test_negative_rewards_are_shifted_and_remembered_or_refused(course, world_files):
+    scorer = Scorer(make_reward(f"{world_files / 'dark.py'}:dark"), torch.device("cpu"))
+    trainer = trainer_of(course, scorer)
+    batches = sampled(trainer)
+    result, values = advantages(trainer, batches)
+    lowest = course.parts.extra["reward_minimum"]
+    assert result.isfinite().all() and lowest < -1 and values["reward_mean"] < -1
+    assert trainer.seen[1].max() < -1, "the watch sees rewards as they are"
+    course.parts.extra["reward_minimum"] = -100.0
+    again, _ = advantages(trainer, batches)
+    assert course.parts.extra["reward_minimum"] == -100 and (again - result).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="^reward: got -.* expected >= 0"):
+        trainer_of(course, scorer, negative_rewards="refuse").assign_advantages(batches)
+
+
+def test_a_failed_score_leaves_its_sample_without_an_advantage(course):
+    trainer = trainer_of(course, batch_size=6)
+    batches = sampled(trainer)
+    base, _ = advantages(trainer, batches)
+    valid = torch.ones(4, 6, dtype=torch.bool)
+    valid[1, 2] = False
+    trainer.waiting = []
+    batches[0].scored = replace(batches[0].scored, valid=valid.flatten())
+    result, values = advantages(trainer, batches)
+    assert values["failed_scores"] == 1 and result[:, 2].abs().max() == 0
+    assert torch.equal(result[:, [0, 1, 3, 4, 5]], base[:, [0, 1, 3, 4, 5]])
+
+
+def gradient(trainer, batches):
+    for batch in batches:
+        trainer.backward(batch, 1.0)
+    parameters = trainer.parts.policy.trained.values()
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    trainer.parts.optimizer.zero_grad(set_to_none=True)
+    return flat
+
+
+def test_options_of_the_objective_change_the_gradient(course):
+    trainer = trainer_of(course, clip_range=10.0)
+    batches = sampled(trainer)
+    advantages(trainer, batches)
+    generator = torch.Generator().manual_seed(0)
+    for p in course.parts.policy.trained.values():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    base = gradient(trainer, batches)
+    kinds = {}
+    for changes in (
+        dict(clip_range=1e-9),
+        *(dict(kl_weight=1.0, kl_type=k) for k in ("gaussian", "flow_grpo", "x", "v")),
+    ):
+        other = gradient(trainer_of(course, **{"clip_range": 10.0, **changes}), batches)
+        assert other.isfinite().all() and (other - base).norm() > 1e-3 * base.norm(), changes
+        kinds[str(changes)] = other
+    assert len({float(g.norm()) for g in kinds.values()}) == len(kinds)
+
+
+def test_samples_and_advantages_do_not_depend_on_the_batch_size(course):
+    results = []
+    for size in (6, 4, 1):
+        trainer = trainer_of(course, batch_size=size)
+        results.append(advantages(trainer, sampled(trainer))[0])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-3, rtol=0)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(course):
+    trainer = trainer_of(course)
+    batches = sampled(trainer)
+    advantages(trainer, batches)
+    skipped = course.parts.skipped
+    batches[0].advantages[0][0] = float("nan")
+    assert trainer.update(0, batches)["skipped_updates"] == skipped + 1
+    assert all(torch.equal(v, course.fresh[k]) for k, v in course.parts.policy.tensors().items())
+    batches[0].advantages[0][0] = 1.0
+    assert trainer_of(course, inner_epochs=2).update(0, batches)["skipped_updates"] == skipped + 1
+    assert next(iter(course.parts.optimizer.state.values()))["step"] == 2, "inner epochs"
+
+
+def test_stopped_and_resumed_equals_unbroken_with_the_running_minimum(small, world_files, tmp_path, monkeypatch):
+    common = {**small, "reward": f"{world_files / 'dark.py'}:dark", "group_size": 2, "eval_every": 1, "eval_during": 2}
+    unbroken = main(Config(**common, run_dir=str(tmp_path / "unbroken")))
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, VGPO, 0)
+        folder = main(Config(**common, run_dir=str(tmp_path / "run")))
+    assert [line["step"] for line in lines(folder)] == [0, 1]
+    main(Config(**common, run_dir=str(folder), resume=str(folder)))
+    assert_equal_runs(unbroken, folder, 2)
+    for name in ("report.html", "summary.json", "config.yaml", "samples/before.png", "samples/after.png", "lora"):
+        assert (folder / name).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_sample_the_same_and_make_the_same_first_update_as_one(small, tmp_path):
+    changes = dict(steps=1, prompts_per_step=4, eval_count=3, batch_size=4, group_size=2)
+    keys = ("reward_mean", "eval_reward", "grad_norm", "ratio_mean", "advantage_abs_mean", "eval_gold_strict")
+    assert_two_processes_do_as_one(Path(vgpo.__file__), {**small, **changes}, tmp_path, keys)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(group_size=1), "group_size: got 1, expected >= 2"),
+        (dict(eta=0), "eta: got 0.0, expected > 0"),
+        (dict(sampler="cps", eta=2), "eta: got 2"),
+        (dict(discount=2), "discount: got 2.*expected within"),
+        (dict(absolute=-1), "absolute: got -1"),
+        (dict(absolute=1, absolute_steps=5), "absolute_steps: got 5, expected 1 .. 4"),
+        (dict(absolute_steps=2), "absolute_steps: got 2 with absolute 0, expected None"),
+        (dict(max_weight=0.5), "max_weight: got 0.5"),
+        (dict(timestep_fraction=0.2), "timestep_fraction: got 0.2 of 4"),
+        (dict(kl_weight=-1), "kl_weight: got -1"),
+        (dict(kl_type="u"), "kl_type: got 'u'"),
+    ],
+)
+def test_wrong_values_end_with_one_line_before_loading(small, changes, message, monkeypatch, capsys):
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as caught:
+        vgpo.cli([f"--{k}={v}" for k, v in {**small, **changes}.items()])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("vgpo: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_a_reward_without_a_value_for_single_samples_is_refused(course, monkeypatch):
+    reward = make_reward({"rewards": ["jpeg_compressibility", "gold"], "combine": "correlation"})
+    monkeypatch.setattr(course.parts, "scorer", Scorer(reward, torch.device("cpu")))
+    with pytest.raises(ValueError, match="^reward: .*which has no value for a sample by itself"):
+        VGPO(course)
+
+
+def test_recipe_resolves_and_differs_from_the_defaults():
+    recipe = Path(vgpo.__file__).parent / "recipes" / "vgpo.yaml"
+    cfg = parse_config(Config, ["--config", str(recipe)], prog="vgpo", description="")
+    assert asdict(cfg) != asdict(Config()) and cfg.model.count("/") == 1

@@ -1,0 +1,114 @@
+"""Rewards of a tree's leaves to advantages of its edges, and which branches are trained.
+
+An edge is named by the node it leads to; nodes of one depth are numbered 0 .. W-1 (see `visalign.branching.Tree`).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from visalign.advantages import group_advantages, group_statistics
+
+
+def node_means(rewards: Tensor, ancestors: Tensor, count: int) -> Tensor:
+    """BranchGRPO's value of a node (arXiv:2509.06040): the mean reward of the leaves below it, (W,) float64.
+
+    Args:
+        rewards: (L,), of the leaves.
+        ancestors: (L,), int64: the node of this depth that each leaf descends from.
+        count: W, nodes of this depth, each with a leaf.
+    """
+    if rewards.shape != ancestors.shape or rewards.dim() != 1:
+        shapes = f"{tuple(rewards.shape)}, {tuple(ancestors.shape)}"
+        raise ValueError(f"rewards, ancestors: got shapes {shapes}, expected (L,) each")
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, ancestors, rewards.detach().double())
+    return sums / torch.bincount(ancestors, minlength=count)
+
+
+def depth_advantages(values: Tensor, trees: Tensor, eps: float = 1e-8, least_std: float = 1e-6) -> Tensor:
+    """BranchGRPO's advantages of the nodes of one depth (arXiv:2509.06040), (W,) float32; each tree's sum to 0.
+
+    (value - mean) / (std + eps) over the nodes of the same tree, ddof 1; 0 for a node that is alone at its depth and
+    where the std is below `least_std`.
+
+    Args:
+        values: (W,), from `node_means`.
+        trees: (W,), int64: the tree of each node.
+    """
+    advantages = group_advantages(values, trees, ddof=1, eps=eps, mode="add")
+    stats = group_statistics(values, trees, ddof=1)
+    spread = stats.stds[torch.searchsorted(stats.group_ids, trees)]
+    return torch.where(spread < least_std, torch.zeros_like(advantages), advantages)
+
+
+def tree_backup(
+    advantages: Tensor, log_probs: Tensor, parents: Tensor, count: int, weights: Literal["uniform", "softmax"]
+) -> Tensor:
+    """TreeGRPO's advantage of a node (arXiv:2512.08153): the weighted mean of its children's, (M,), like `advantages`.
+
+    With "softmax" the weight of a child is the softmax over siblings of the sampling policy's log-probability, as in
+    the authors' algorithm. Which reduction of it they take is not known: with the mean over latent dimensions the
+    weights are almost uniform, with the sum almost one-hot. "uniform" is ours.
+
+    Args:
+        advantages, log_probs: (E,), of the edges to the children.
+        parents: (E,), int64.
+        count: M, nodes, each with a child.
+    """
+    if weights not in ("uniform", "softmax"):
+        raise ValueError(f"weights: got {weights!r}, expected 'uniform' or 'softmax'")
+    scores = torch.zeros_like(advantages) if weights == "uniform" else log_probs.to(advantages.dtype)
+    top = torch.full((count,), -torch.inf, dtype=scores.dtype).scatter_reduce(0, parents, scores, "amax")
+    exp = (scores - top[parents]).exp()
+    zeros = advantages.new_zeros(count)
+    return zeros.index_add(0, parents, exp * advantages) / zeros.index_add(0, parents, exp)
+
+
+def progressive_steps(stage: int, first: int, last: int, stages: int) -> int:
+    """B2-DiffuRL's number of trained steps at a stage (arXiv:2503.11240), counted from the image: first .. last.
+
+    first + floor(stage (last - first + 1) / stages), and `last` from stage `stages` on.
+    """
+    if not 1 <= first <= last:
+        raise ValueError(f"first, last: got {first}, {last}, expected 1 <= first <= last")
+    if stage < 0 or stages < 1:
+        raise ValueError(f"stage, stages: got {stage}, {stages}, expected >= 0 and >= 1")
+    return min(last, first + stage * (last - first + 1) // stages)
+
+
+def history_scores(rewards: Tensor, past: Tensor) -> Tensor:
+    """B2-DiffuRL's normalised scores of one prompt, (N,) float32: by mean and std of these and earlier rewards.
+
+    ddof 1, eps 1e-8; all 0 where the rewards are all equal, or there is but one.
+
+    Args:
+        rewards: (N,), of this stage. past: (M,), of the stages before that still count; may be empty.
+    """
+    every = torch.cat([past.double(), rewards.detach().double()])
+    if len(every) < 2 or bool((every == every[0]).all()):
+        return torch.zeros(len(rewards))
+    return ((rewards.double() - every.mean()) / (every.std() + 1e-8)).float()
+
+
+def select_branches(scores: Tensor, branches: Tensor, high: float = 0.5, low: float = -0.5) -> Tensor:
+    """B2-DiffuRL's choice (arXiv:2503.11240): of the siblings of one split the best and the worst, if they stand out.
+
+    The best where its score is >= high, the worst where its score is < low. Of equal ones the first.
+
+    Args:
+        scores: (N,), from `history_scores`.
+        branches: (N,), int64: siblings have the same.
+
+    Returns:
+        (N,), bool: at most two of each.
+    """
+    if not low <= high:
+        raise ValueError(f"high, low: got {high}, {low}, expected low <= high")
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    for branch in branches.unique():
+        rows = (branches == branch).nonzero().flatten()
+        best, worst = rows[scores[rows].argmax()], rows[scores[rows].argmin()]
+        kept[best] |= bool(scores[best] >= high)
+        kept[worst] |= bool(scores[worst] < low)
+    return kept
