@@ -87,6 +87,7 @@ class Bench:
         for p in self.parts.policy.trained.values():
             p.data += 0.02 * torch.randn(p.shape, generator=generator)
         self.fresh = {k: v.clone() for k, v in self.parts.policy.tensors().items()}
+        self.known = {}
 
     def trainer(self, **changes) -> RewardBackprop:
         cfg = replace(self.cfg, **changes)
@@ -116,6 +117,13 @@ class Bench:
         values, learnt = trainer.update(step, groups)
         return torch.cat(kept), values, learnt
 
+    def remembered(self, **changes):
+        """The gradient, taken once for each set of changes."""
+        key = json.dumps(changes)
+        if key not in self.known:
+            self.known[key] = self.gradient(**changes)[0]
+        return self.known[key]
+
 
 @pytest.fixture(scope="module")
 def bench(base, bright, tmp_path_factory):
@@ -133,11 +141,11 @@ def close(one, other, tolerance=1e-4):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_gradient_that_does_not_depend_on_batches_or_processes(bench, method):
-    changes = dict(method=method, prompts_per_step=4, batch_size=4, **METHODS[method])
+    changes = dict(method=method, **METHODS[method])
     changes |= dict(levels_per_step=2) if changes.get("data") else {}  # it would be refused without effect
     whole, values, learnt = bench.gradient(**changes)
-    assert whole.norm() > 0 and whole.isfinite().all() and values["scored"] == 4
-    assert sum(len(images) for images, _ in learnt.shown) == 4
+    assert whole.norm() > 0 and whole.isfinite().all() and values["scored"] == 2
+    assert sum(len(images) for images, _ in learnt.shown) == 2
     again, _, _ = bench.gradient(**{**changes, "batch_size": 1})
     assert close(again, whole, 1e-3)
     groups = bench.groups(bench.trainer(**changes))
@@ -312,7 +320,7 @@ OPTIONS = [
 @pytest.mark.parametrize("given, changes", OPTIONS, ids=lambda c: "-".join(map(str, c)) or "default")
 def test_each_option_changes_the_gradient(bench, given, changes):
     reward = {} if "reward" in given or given.get("method") != "srpo" else dict(reward="clip_match")
-    one, _, _ = bench.gradient(**{**reward, **given})
+    one = bench.remembered(**{**reward, **given})
     other, _, _ = bench.gradient(**{**reward, **given, **changes})
     assert other.isfinite().all() and (other - one).norm() > 1e-4 * one.norm()
 
