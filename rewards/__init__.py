@@ -76,7 +76,7 @@ for _name, _module in {
     "shapes_taste": "taste",
     "unifiedreward": "unifiedreward",
     "unifiedreward_flex": "unifiedreward_flex",
-    "unifiedreward_pair": "unifiedreward",
+    "unifiedreward_pair": "unifiedreward_pair",
     "videoscore2": "videoscore2",
     "vlm_rm": "vlm_rm",
     "vlm_yes": "vlm_yes",

@@ -1,8 +1,8 @@
-"""Auto-Rubric as Reward: criteria written by a model from labelled preferences, kept only if they reproduce the labels.
+"""Auto-Rubric as Reward: pictures ranked by criteria that a model wrote from labelled preferences.
 
-`build_rubric` goes the whole way: generate, verify, revise, gather into themes. The reward `auto_rubric` ranks each
-group of pictures by such a rubric. The steps and the reward follow the published method; the wording of the prompts is
-our own, as are the reader's retries. Not here: rubrics of a prompt's own, fetched when it comes up again.
+The reward `auto_rubric` ranks each group of pictures by such a rubric; `rubric_learning` makes one. Both follow the
+published method; the wording of the prompts is our own, as are the reader's retries. Not here: rubrics of a prompt's
+own, fetched when it comes up again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,46 +23,12 @@ from .judging import ask, check_count, open_chat
 from .output import RewardOutput
 from .parsing import Unreadable, as_numbers, read_json
 
-EPOCHS = 5  # of revision
-THEMES = 5
 TASK = 'All pictures were made for this prompt:\n"{prompt}"\n'
-GENERATE = (
-    "People ranked these pictures, 1 being the best: {ranks}\n"
-    "Write criteria that explain this ranking and would rank other pictures of this kind. Each names one quality that "
-    "can be seen in a picture, says what is better, and does not speak of these pictures.\n"
-    'Answer with JSON: {"rubrics": ["criterion", ...], "reason": "why these"}'
-)
-REVISE = (
-    "You had written these criteria:\n{criteria}\n"
-    "Someone who knew only the criteria ranked the pictures {actual}. People ranked them {expected}, 1 is the best.\n"
-    "Rewrite the criteria so that they lead to the people's ranking, still without speaking of these pictures.\n"
-    'Answer with JSON: {"rubrics": ["criterion", ...], "reason": "what was changed"}'
-)
 JUDGE = (
     "Rank the pictures by this rubric and by nothing else:\n{rubric}\n"
     "Give each picture its rank in the order shown; 1 is the best, no two share a rank.\n"
     'Answer with JSON: {"rank": [rank of picture 1, rank of picture 2, ...]}'
 )
-GATHER = (
-    "Below are criteria for judging pictures, written for many single cases.\n{criteria}\n"
-    "Gather them into {count} themes that cover them without overlap. Give each theme a short name and tips: single "
-    "sentences that tell a judge what to look for. Merge what is said twice.\n"
-    'Answer with JSON: {"themes": [{"name": "theme", "tips": ["tip", ...]}, ...]}'
-)
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Pictures (3, H, W) of one prompt with the ranks people gave them: a permutation of 1 (best) to n."""
-
-    prompt: str
-    images: tuple[Tensor, ...]
-    ranks: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.images) < 2 or sorted(self.ranks) != list(range(1, len(self.images) + 1)):
-            got = f"{len(self.images)} images ranked {self.ranks}"
-            raise ValueError(f"ranks: got {got}, expected at least two, ranked 1 to n without ties")
 
 
 @dataclass(frozen=True)
@@ -96,7 +62,7 @@ def load_auto_rubric(path: str | Path) -> AutoRubric:
     if not file.is_file():
         raise ValueError(f"rubric: got {str(path)!r}, which is no file")
     try:
-        return AutoRubric(_read_themes(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        return AutoRubric(read_themes(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, Unreadable) as error:
         raise ValueError(f"rubric: could not read {str(path)!r}: {' '.join(str(error).split())}") from error
 
@@ -152,76 +118,6 @@ def judge_ranks(
     return found
 
 
-def learn_criteria(
-    chat: Chat, items: Sequence[Preference], epochs: int = EPOCHS, seed: int = 0, max_tokens: int = 1024
-) -> list[tuple[str, ...] | None]:
-    """Criteria for each preference that lead the judge to its ranks; None where `epochs` revisions did not get it."""
-    limits = {"seed": seed, "max_tokens": max_tokens}
-    asked = [show(GENERATE.replace("{ranks}", str(list(i.ranks))), i.prompt, i.images) for i in items]
-    criteria = [answer.value for answer in ask(chat, asked, _read_criteria, **limits)]
-    kept: list[tuple[str, ...] | None] = [None] * len(items)
-    open_ = [n for n, found in enumerate(criteria) if found]
-    for epoch in range(epochs + 1):
-        texts = [bullets(criteria[n] or ()) for n in open_]
-        mine = [items[n] for n in open_]
-        ranks = judge_ranks(chat, texts, [i.prompt for i in mine], [i.images for i in mine], seed=seed + epoch)
-        wrong = []
-        for n, got in zip(open_, ranks):
-            if got == items[n].ranks:
-                kept[n] = criteria[n]
-            else:
-                wrong.append((n, got))
-        if not wrong or epoch == epochs:
-            break
-        conversations = [_revision(items[n], criteria[n] or (), got) for n, got in wrong]
-        for (n, _), answer in zip(wrong, ask(chat, conversations, _read_criteria, **limits)):
-            criteria[n] = answer.value or criteria[n]
-        open_ = [n for n, _ in wrong]
-    return kept
-
-
-def gather(chat: Chat, criteria: Sequence[str], themes: int = THEMES, seed: int = 0) -> AutoRubric:
-    """Criteria of many cases as one rubric of `themes` themes.
-
-    Raises:
-        ValueError: no criteria, or no readable answer.
-    """
-    if not criteria:
-        raise ValueError("criteria: got none, expected at least one verified criterion")
-    text = GATHER.replace("{criteria}", bullets(criteria)).replace("{count}", str(themes))
-
-    def read(reply: Reply) -> tuple[Theme, ...]:
-        found = _read_themes(read_json(reply.text, ["themes"]))
-        if len(found) > themes:
-            raise Unreadable(f"themes: got {len(found)}, expected at most {themes}")
-        return found
-
-    (answer,) = ask(chat, [[Message("user", (text,))]], read, max_tokens=2048, seed=seed)
-    if answer.value is None:
-        raise ValueError(f"chat {chat.name!r}: {answer.problem}")
-    return AutoRubric(answer.value)
-
-
-def build_rubric(
-    chat: Chat, items: Sequence[Preference], epochs: int = EPOCHS, themes: int = THEMES, seed: int = 0
-) -> AutoRubric:
-    """A rubric from labelled preferences: criteria that were verified on their own case, gathered into themes.
-
-    Raises:
-        ValueError: not one case could be verified.
-    """
-    kept = [found for found in learn_criteria(chat, items, epochs, seed) if found]
-    if not kept:
-        raise ValueError(f"items: none of {len(items)} got criteria that reproduce its ranks in {epochs} revisions")
-    return gather(chat, [criterion for found in kept for criterion in found], themes, seed)
-
-
-def _revision(item: Preference, criteria: Sequence[str], got: tuple[int, ...] | None) -> list[Message]:
-    actual = "in no usable way" if got is None else str(list(got))
-    text = REVISE.replace("{criteria}", bullets(criteria)).replace("{expected}", str(list(item.ranks)))
-    return show(text.replace("{actual}", actual), item.prompt, item.images)
-
-
 def _rank_reader(size: int) -> Callable[[Reply], tuple[int, ...]]:
     def read(reply: Reply) -> tuple[int, ...]:
         ranks = as_numbers(read_json(reply.text, ["rank"])["rank"], size, 1, size, "rank")
@@ -243,11 +139,7 @@ def read_strings(value: Any, name: str) -> tuple[str, ...]:
     return tuple(" ".join(v.split()) for v in value)
 
 
-def _read_criteria(reply: Reply) -> tuple[str, ...]:
-    return read_strings(read_json(reply.text, ["rubrics"])["rubrics"], "rubrics")
-
-
-def _read_themes(value: Any) -> tuple[Theme, ...]:
+def read_themes(value: Any) -> tuple[Theme, ...]:
     themes = value.get("themes") if isinstance(value, Mapping) else None
     if not isinstance(themes, list) or not themes:
         raise Unreadable(f"themes: got {str(themes)[:80]}, expected a list")

@@ -10,10 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .auto_rubric import Preference, bullets, judge_ranks, read_strings, show
+from .auto_rubric import bullets, judge_ranks, read_strings, show
 from .chat import Chat, Message, Reply
 from .judging import ask
 from .parsing import Unreadable, read_json
+from .rubric_learning import Preference
 
 PROFILE = (
     "People prefer picture {better} to picture {worse}.\n"

@@ -26,6 +26,7 @@ TOWER = "vision_tower.vision_tower."
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "embed_tokens.weight")
 UNUSED = (".position_ids", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in the shards that an index lists
+CONTEXT = 2048  # tokens of a conversation, the picture counted as one; what is longer is cut, as published
 SETTINGS = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch"}  # what can be followed here
 
 
@@ -139,27 +140,23 @@ class ClipT5(FrozenModel):
         layers = self.model["vision"](pixel_values=pixels, output_hidden_states=True).hidden_states
         seen = self.model["projector"](layers[self.layer][:, 1:])  # without the class token
         # The pieces are tokenized each by itself, so that the first ends with T5's end token too: so it was trained.
-        before = self._embed(self.opening)
-        rows = [
-            torch.cat([before, patches, self._embed(f"\n{question} ASSISTANT: ")])
-            for patches, question in zip(seen, questions)
-        ]
+        before = self._ids(self.opening)
+        after = [self._ids(f"\n{question} ASSISTANT: ")[: CONTEXT - 1 - len(before)] for question in questions]
+        embed = self.model["t5"].shared
+        rows = [torch.cat([embed(before), patches, embed(ids)]) for patches, ids in zip(seen, after)]
         mask = pad_sequence([torch.ones(len(row), device=self.at) for row in rows], batch_first=True)
         embeddings = pad_sequence(rows, batch_first=True)
         return self.model["t5"].encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state, mask
 
     def log_probs(self, states: Tensor, mask: Tensor, answer: str) -> Tensor:
         """Those (N, tokens) of one answer after what `encode` returns."""
-        labels = self._ids(answer).expand(len(states), -1)
+        labels = self._ids(answer).repeat(len(states), 1)
         logits = self.model["t5"](encoder_outputs=(states,), attention_mask=mask, labels=labels).logits
         known = logits[..., : len(self.tokenizer)].float().log_softmax(dim=-1)
         return known.gather(-1, labels[..., None])[..., 0]
 
     def _ids(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer(text)["input_ids"], device=self.at)
-
-    def _embed(self, text: str) -> Tensor:
-        return self.model["t5"].shared(self._ids(text))
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -189,7 +186,7 @@ def _settings(model: str, download: bool) -> dict[str, Any]:
     if path is None:
         raise ValueError(f"model: got no config.json in {model!r}; pass download=True, or the path of a local copy")
     settings = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("mm_vision_tower", "mm_vision_select_layer", *SETTINGS):
+    for name in ("d_model", "mm_hidden_size", "mm_vision_tower", "mm_vision_select_layer", *SETTINGS):
         if name not in settings:
             raise ValueError(f"model: got a config.json without {name!r} in {model!r}")
         if name in SETTINGS and settings[name] != SETTINGS[name]:

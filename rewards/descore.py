@@ -18,8 +18,8 @@ from .base import Context, RewardError, check_prompts, register_reward
 from .chat import Chat, Message
 from .judging import ask, check_count, check_temperature, column, fill, load_template
 from .output import RewardOutput
-from .vlm import check_vlm_options
 from .vlm_heads import read_weights
+from .vlm_loading import check_vlm_options
 
 TOKEN = "<Reward>"
 FILE = "rm_head.pth"
@@ -115,6 +115,9 @@ class DeScoreReward:
         """images: videos (N, F, 3, H, W) in [0, 1]; prompts: N strings; context["fps"]: frames a second."""
         check_videos(images)
         check_prompts(images, prompts)
+        if min(images.shape[-2:]) < 4:  # the processor could not tell what is the channels' axis
+            got = f"{images.shape[-1]} x {images.shape[-2]} pixels"
+            raise ValueError(f"videos: got {got}, expected at least 4 pixels a side")
         fps = float((context or {}).get("fps", self.fps))
         thoughts, problems = self._think(images, prompts)
         scores = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from visalign.images import check_videos
 from visalign.names import unknown_name
 
-from .base import Context, Reward, as_reward, register_reward
+from .base import Context, Reward, as_reward, check_prompts, register_reward
 from .output import RewardOutput, as_output
 from .video import segment_frames, segment_weights
 
@@ -37,6 +37,7 @@ class _Frames:
         self, videos: Tensor, prompts: Sequence[str], context: Context | None, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scores (N, K) of the frames `chosen` (K,), and which clips have all of them valid, (N,) bool."""
+        check_prompts(videos, prompts)
         times, frames = len(chosen), videos[:, chosen.to(videos.device)]
         repeated = {  # what belongs to a clip belongs to each of its frames
             key: value.repeat_interleave(times)

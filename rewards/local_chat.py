@@ -21,6 +21,10 @@ class LocalChat:
         self.vlm = VLM(model, **options) if isinstance(model, str) else model
         self.name = self.vlm.name
 
+    @property
+    def takes_videos(self) -> bool:
+        return self.vlm.takes_videos
+
     def __call__(
         self,
         conversations: Sequence[Sequence[Message]],

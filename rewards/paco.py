@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from visalign.images import check_images
 
 from .base import Context, RewardError, check_prompts, register_reward
 from .chat import Message
+from .judging import load_template
 from .output import RewardOutput
 from .yes_token import Answers, YesNo, check_judge_options
 
@@ -63,10 +63,10 @@ def cells(picture: Tensor, rows: int, columns: int) -> list[Tensor]:
 
 
 def read_template(template: str | None, default: str, model: str) -> str:
-    """The text of a question: given, in a file that is given, or our own.
+    """The text of a question: given, in a .txt file that is given (see `load_template`), or our own.
 
     Raises:
-        ValueError: none given for the published checkpoint, which was trained with words of its own.
+        ValueError: none given for the published checkpoint, which was trained with words of its own; or no such file.
     """
     if template is None:
         if "paco-reward" in model.lower():
@@ -75,9 +75,7 @@ def read_template(template: str | None, default: str, model: str) -> str:
             )
             raise ValueError(f"template: {problem}: consistency_scorer.py and consistency_for_editing.py of {UPSTREAM}")
         return default
-    if "{" not in template and Path(template).expanduser().is_file():
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    return template
+    return load_template("", template)
 
 
 def _pair(first: Tensor, second: Tensor, text: str) -> list[Message]:
@@ -96,7 +94,7 @@ class PacoConsistency:
 
     Args:
         model: "X-GenGroup/PaCo-Reward-7B", any other hub id or folder, or with `url` the server's name of it.
-        template: the question, or a file that holds it, with {main_prompt} and {criterion} where these go.
+        template: the question, or a .txt file that holds it, with {main_prompt} and {criterion} where these go.
         swap: ask each pair in both orders and average; the criterion "position_bias" is their mean difference.
         convention: "binary" as published, or "canonical".
         options: of `VLM`, or with `url` of `RemoteChat`.
@@ -173,7 +171,7 @@ class PacoEdit:
     paco_consistency.
 
     Args:
-        preserved, followed: the two questions, or files that hold them, with {prompt} where the instruction goes.
+        preserved, followed: the two questions, or .txt files that hold them, with {prompt} where the instruction goes.
     """
 
     name = "paco_edit"

@@ -1,4 +1,4 @@
-"""Pictures as the Qwen vision towers read them, on tensors all the way, so that gradients reach the pixels."""
+"""Pictures and videos as the Qwen vision towers read them, on tensors, so that gradients reach the pixels."""
 
 import math
 from dataclasses import dataclass
@@ -34,60 +34,60 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class Patches:
-    """How one checkpoint's processor cuts pictures; read from the processor, not from a table."""
+    """How one checkpoint's processor cuts pictures, or videos; read from the processor, not from a table."""
 
     patch: int  # 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL
     merge: int  # patches a side that become one token
-    temporal: int  # frames a patch spans; a picture is repeated
-    min_pixels: int
+    temporal: int  # frames a patch spans; a picture, or the last frame, is repeated
+    min_pixels: int  # of a picture or frame
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> "Patches":
-        """As the processor has it; the pixel budget may be overruled."""
-        size = image_processor.size
-        shortest, longest = (
-            int(size["shortest_edge"]),
-            int(size["longest_edge"]),
-        )  # pixels in all, in spite of the names
+    def of(cls, processor: Any, min_pixels: int | None, max_pixels: int | None) -> "Patches":
+        """As the image or video processor has it; the pixel budget may be overruled."""
+        shortest, longest = (int(processor.size[f"{edge}_edge"]) for edge in ("shortest", "longest"))  # pixels in all
         return cls(
-            image_processor.patch_size,
-            image_processor.merge_size,
-            image_processor.temporal_patch_size,
+            processor.patch_size,
+            processor.merge_size,
+            processor.temporal_patch_size,
             shortest if min_pixels is None else min_pixels,
             longest if max_pixels is None else max_pixels,
-            tuple(image_processor.image_mean),
-            tuple(image_processor.image_std),
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
         )
 
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(1, rows, columns) of patches that a picture of this size gets."""
+    def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
+        """(steps, rows, columns) of patches that a picture or video of this size gets."""
         factor = self.patch * self.merge
         h, w = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
-        return 1, h // self.patch, w // self.patch
+        return -(-frames // self.temporal), h // self.patch, w // self.patch
 
     def tokens(self, height: int, width: int) -> int:
         """How many tokens the language model sees of a picture of this size."""
         return math.prod(self.grid(height, width)) // self.merge**2
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) in [0, 1] to patches (N, rows * columns, 3 * temporal * patch * patch), float32.
+        """Pictures (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1] to patches.
 
-        Bicubic with antialiasing, clamped to [0, 1], normalised. Patches that merge into one token follow each other.
-        Differs from the processor's own path by its rounding to 8 bits only.
+        Returns:
+            (N, steps * rows * columns, 3 * temporal * patch * patch), float32. Patches that merge into one token follow
+            each other. Bicubic with antialiasing, clamped to [0, 1], normalised; differs from the processor's own path
+            by its rounding to 8 bits only.
         """
-        n, _, height, width = pictures.shape
-        _, rows, columns = self.grid(height, width)
+        videos = (pictures[:, None] if pictures.ndim == 4 else pictures).float()
+        n, frames, _, height, width = videos.shape
+        steps, rows, columns = self.grid(height, width, frames)
         target = rows * self.patch, columns * self.patch
-        pictures = pictures.float()
         if target != (height, width):
-            pictures = F.interpolate(pictures, target, mode="bicubic", antialias=True, align_corners=False)
-        pictures = pictures.clamp(0, 1)
-        mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (self.mean, self.std))
+            flat = F.interpolate(videos.flatten(0, 1), target, mode="bicubic", antialias=True, align_corners=False)
+            videos = flat.view(n, frames, 3, *target)
+        mean, std = (torch.tensor(v, device=videos.device).view(3, 1, 1) for v in (self.mean, self.std))
+        videos = (videos.clamp(0, 1) - mean) / std
+        last = videos[:, -1:].expand(-1, steps * self.temporal - frames, -1, -1, -1)
         p, m = self.patch, self.merge
-        x = ((pictures - mean) / std).view(n, 3, rows // m, m, p, columns // m, m, p)
-        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # N, row block, column block, row in it, column in it, colour, y, x
-        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, self.temporal, -1, -1)
-        return x.reshape(n, rows * columns, 3 * self.temporal * p * p)
+        x = torch.cat([videos, last], dim=1).view(n, steps, self.temporal, 3, rows // m, m, p, columns // m, m, p)
+        # N, step, row block, column block, row in it, column in it, colour, frame, y, x
+        x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)
+        return x.reshape(n, steps * rows * columns, 3 * self.temporal * p * p)

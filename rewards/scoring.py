@@ -257,6 +257,8 @@ def _check_finite(scores: Tensor, valid: Tensor, label: str, prompts: list[str])
 
 def _failing_sample(reward: Reward, images: Tensor, prompts: list[str], context: Context | None) -> int | None:
     """The first sample that the reward, having failed on the batch, also fails on alone."""
+    if len(prompts) == 1:
+        return 0
     for n in range(len(prompts)):
         try:
             with torch.no_grad():

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .vlm import VLM, Prompt, Vision
+    from .vlm import VLM
+    from .vlm_prompt import Prompt, Vision
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,15 @@ class _Runner:
 
     def __init__(self, vlm: "VLM", prompts: "Sequence[Prompt]", vision: "dict[str, Vision]") -> None:
         self.vlm, self.prompts, self.vision = vlm, prompts, vision
-        self.image_id = vlm.model.config.image_token_id
+        assert vlm.vision is not None
+        self.sight = vlm.vision
         self.positions = [vlm.positions(prompt) for prompt in prompts]
 
     def run(self, state: State, pieces: Sequence[Piece]) -> tuple[Tensor, State]:
         """Hidden states (len(pieces), longest, D), padded on the left, and the state with these tokens in it."""
         from transformers import DynamicCache
 
-        from .vlm import left_pad
+        from .vlm_prompt import left_pad
 
         device = self.vlm.device
         ids, mask = left_pad([self.prompts[p.place].ids[p.start : p.stop] for p in pieces], 0)
@@ -124,7 +126,7 @@ class _Runner:
         if cache is not None:
             for layer, (keys, values) in enumerate(state.layers):
                 cache.update(keys[parents], values[parents], layer)
-        visual = ((ids == self.image_id) & mask.bool()).to(device)
+        visual = (self.sight.is_visual(ids) & mask.bool()).to(device)
         embeds, more = self._embed(ids.to(device), visual, pieces)
         out = self.vlm.base.language_model(
             inputs_embeds=embeds,
@@ -155,8 +157,8 @@ class _Runner:
         prompt = self.prompts[piece.place]
         seen = [self.vision[picture.key] for picture in prompt.pictures]
         every = [v.features if layer is None else v.deepstack[layer] for v in seen]
-        before = prompt.ids[: piece.start].count(self.image_id)
-        within = prompt.ids[piece.start : piece.stop].count(self.image_id)
+        visual = [token in self.sight.types for token in prompt.ids[: piece.stop]]
+        before, within = sum(visual[: piece.start]), sum(visual[piece.start :])
         if not within:
             some = next(iter(self.vision.values())).features
             return some.new_zeros(0, some.shape[-1])

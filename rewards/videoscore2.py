@@ -50,8 +50,8 @@ class VideoScore2Reward:
     Args:
         template: the question the model was taught, with "{prompt}" in the prompt's place: a .txt file or the text. It
             is not shipped, as its source names no licence; see WHERE.
-        model, url, chat_options: of `make_chat`, which needs a `url` here: models run by this process take no videos.
-            `chat`: one already made. The model was taught 2 frames a second.
+        model, url, chat_options: of `make_chat`; `chat`: one already made. Without a `url`, a Qwen2-VL or Qwen2.5-VL
+            run here, whose option `fps` says how fast the videos are; the model was taught 2 frames a second.
     """
 
     name = "videoscore2"
@@ -77,10 +77,14 @@ class VideoScore2Reward:
         seed: int = 0,
         retries: int = 3,
     ) -> None:
-        options = {"template": template, "url": url, "chat": chat, "soft": soft, "temperature": temperature}
+        options = {"template": template, "soft": soft, "temperature": temperature}
         self.preflight({**options, "max_tokens": max_tokens, "retries": retries})
         self.template = load_template("", template)
         self.chat = open_chat(chat, model, url, chat_options)
+        if not getattr(self.chat, "takes_videos", True):
+            raise ValueError(
+                f"model: got {self.chat.name!r}, which takes no videos here, expected a Qwen2.5-VL or a url"
+            )
         self.soft, self.temperature, self.max_tokens, self.seed, self.retries = (
             soft,
             temperature,
@@ -97,10 +101,6 @@ class VideoScore2Reward:
             raise ValueError(f"template: got None, expected the model's own question with '{{prompt}}', from {WHERE}")
         if "{prompt}" not in load_template("", options["template"]):
             raise ValueError("template: got a text without '{prompt}', expected it in the prompt's place")
-        if options.get("url") is None and options.get("chat") is None:
-            raise ValueError(
-                "url: got None, expected an endpoint that takes videos: models run here take pictures only"
-            )
         if options.get("soft", SOFT[0]) not in SOFT:
             raise unknown_name("soft", options["soft"], SOFT)
         check_count(options, max_tokens=1, retries=0)

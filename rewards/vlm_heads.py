@@ -11,7 +11,9 @@ from visalign.names import unknown_name
 
 from .base import RewardError
 from .chat import Message
-from .vlm import DTYPES, VLM, Prompt, check_vlm_options
+from .vlm import VLM
+from .vlm_loading import DTYPES, check_vlm_options
+from .vlm_prompt import Prompt
 
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # lower and upper bound of each picture's pixels, as published

@@ -27,7 +27,8 @@ from visalign.names import unknown_name
 from .chat import Message, Reply, make_chat
 
 if TYPE_CHECKING:
-    from .vlm import VLM, Prompt
+    from .vlm import VLM
+    from .vlm_prompt import Prompt
 
 CONVENTIONS = ("full", "binary", "canonical")
 TOP_LOGPROBS = 20  # the most that servers give unless told otherwise
@@ -50,7 +51,8 @@ class Answers:
 
 def check_judge_options(options: Mapping[str, Any], own: Callable) -> None:
     """Raise ValueError for options of a judge that neither `own` (a reward's class) nor its model takes."""
-    from .vlm import VLM, check_vlm_options
+    from .vlm import VLM
+    from .vlm_loading import check_vlm_options
 
     if not isinstance(options.get("model", ""), str):
         raise ValueError(f"model: got {options['model']!r}, expected a hub id, a folder or a server's model name")

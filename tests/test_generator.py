@@ -102,6 +102,28 @@ def test_noise_depends_on_a_samples_own_seed_alone(generator):
     assert torch.equal(batch[1:2], own)
 
 
+def test_encoders_under_training_are_asked_anew_in_every_call_and_get_a_gradient():
+    pipeline = tiny.make("Stable Diffusion 1.5")
+    encoder = Calls(pipeline.text_encoder)
+    generator = Generator(pipeline, num_steps=2, guidance_scale=4.0, calibrate=False, height=32, width=32)
+    latents = generator.noise(PROMPTS, SEEDS)
+    generator.encode_anew()
+    weight = next(p for n, p in pipeline.text_encoder.named_parameters() if n.endswith("q_proj.weight"))
+    encoder.batches.clear()
+    first = generator.predict(latents, 0, PROMPTS, SEEDS)
+    assert encoder.batches == [1, 1, 1]  # two prompts and the negative one, however often they stand there
+    first.square().sum().backward()
+    assert weight.grad.norm() > 0
+    with torch.no_grad():
+        weight += 1.0
+        second = generator.predict(latents, 0, PROMPTS, SEEDS)
+        assert (second - first).abs().max() > 1e-3 and not second.requires_grad
+        assert not generator.noise(PROMPTS, SEEDS).requires_grad and not torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0].requires_grad
+    with pytest.raises(ValueError, match="release_text_encoders: got text encoders under training"):
+        generator.release_text_encoders()
+
+
 def test_guidance_one_costs_one_forward_per_step_and_guidance_doubles_the_batch(pipeline):
     for scale, batch in ((1.0, 3), (4.0, 6)):
         with Generator(pipeline, num_steps=4, guidance_scale=scale, **OPTIONS) as generator:

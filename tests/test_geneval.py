@@ -9,13 +9,11 @@ from visalign.images import images_to_pil
 from visalign.rewards import RewardError, score
 from visalign.rewards.clip_encoder import ClipEncoder
 from visalign.rewards.detector import Detection, TransformersDetector, canonical, mask_box
-from visalign.rewards.geneval import (
+from visalign.rewards.geneval import ClipColours, GenevalReward, crop_object
+from visalign.rewards.geneval_rules import (
     COLOURS,
-    ClipColours,
-    GenevalReward,
     box_iou,
     check_metadata,
-    crop_object,
     judge_objects,
     keep_objects,
     relations,

@@ -51,7 +51,18 @@ def test_only_inner_matrices_are_taken():
     sizes = {"inner": (64, 64), "narrow": (64, 4), "norm": (64, 64)}
     module = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
     module["table"] = nn.Embedding(100, 64)
-    assert [w is module["inner"].weight for w in hidden_matrices(module)] == [True]
+    module["kernels"], module["first"] = nn.Conv2d(64, 96, 3), nn.Conv2d(3, 64, 8)
+    assert [id(w) for w in hidden_matrices(module)] == [id(module[name].weight) for name in ("inner", "kernels")]
+
+
+def test_a_convolution_is_updated_as_the_matrix_of_its_kernels():
+    torch.manual_seed(0)
+    kernels, grad = torch.randn(64, 64, 3, 3), torch.randn(64, 64, 3, 3)
+    params = [nn.Parameter(kernels.clone()), nn.Parameter(kernels.flatten(1).clone())]
+    params[0].grad, params[1].grad = grad, grad.flatten(1)
+    for p in params:
+        Muon([p], lr=1e-2).step()
+    torch.testing.assert_close(params[0].detach().flatten(1), params[1].detach(), rtol=0, atol=1e-6)
 
 
 def test_both_halves_move_by_the_rate_given_and_nothing_is_left_out_or_taken_twice():

@@ -576,7 +576,7 @@ def test_other_families_train(base, bright, models, tmp_path, monkeypatch, model
         modules = [m for m in self.generator.pipeline.components.values() if isinstance(m, torch.nn.Module)]
         modules += [self.teacher.denoiser] if self.teacher else []
         assert all(p.grad is None for m in modules for p in m.parameters()), "the optimiser has freed its own"
-        trained.add(self.parts.policy.component)
+        trained.add(next(iter(self.parts.policy.modules)))
         return out
 
     monkeypatch.setattr(RewardBackprop, "update", watched)

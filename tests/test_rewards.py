@@ -532,7 +532,7 @@ def test_what_a_reward_needs_must_be_in_the_context():
     similar.needs = ("references",)
     with pytest.raises(RewardError, match="reward 'similar': got a context without 'references'"):
         score(similar, torch.rand(2, 3, 4, 4), ["a", "b"])
-    assert len(score(similar, torch.rand(2, 3, 4, 4), ["a", "b"], {"references": [1, 2]}).total) == 2
+    assert len(score(similar, torch.rand(2, 3, 4, 4), ["a", "b"], {"references": [[], []]}).total) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,8 @@ from visalign.rewards import RewardError, make_reward, score
 from visalign.rewards.auto_rubric import (
     AutoRubric,
     AutoRubricReward,
-    Preference,
     Theme,
-    build_rubric,
-    gather,
     judge_ranks,
-    learn_criteria,
     load_auto_rubric,
     rank_rewards,
 )
@@ -26,6 +22,7 @@ from visalign.rewards.chat import Reply, Token
 from visalign.rewards.delta_rubric import DeltaRubricReward, delta_scores, plan
 from visalign.rewards.rubric import RubricReward
 from visalign.rewards.rubric_file import load_rubric, rubric_scores
+from visalign.rewards.rubric_learning import Preference, build_rubric, gather, learn_criteria
 from visalign.rewards.unifiedreward_flex import (
     Comparison,
     UnifiedRewardFlex,

@@ -40,9 +40,9 @@ def cli(options, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model="./none"), "model: got './none', expected one of ['shapes-flow']"),
+        (dict(model="./none"), f"model: got './none', expected one of {sorted(MODELS)}"),
         (dict(model="/none/model"), "model: got '/none/model'"),
-        (dict(model="shapes-flo"), "model: got 'shapes-flo', expected one of ['shapes-flow']"),
+        (dict(model="shapes-flo"), f"model: got 'shapes-flo', expected one of {sorted(MODELS)}"),
         (dict(reward="clipp"), "got 'clipp', expected one of"),
         (dict(reward="clipp"), "did you mean 'clip'?"),
         (dict(reward="none.py:score"), "there is no file 'none.py'"),

@@ -6,6 +6,7 @@ import torch
 
 from visalign.training import evaluate as module
 from visalign.training.evaluate import evaluate, mean_interval, paired_interval
+from visalign.transitions import FlowODE
 
 
 class FakeRollout:
@@ -50,7 +51,7 @@ def run(count, processes=1, **options):
                 return torch.cat([parts[p][len(sent) - 1] for p in range(processes)])
 
             sharing = dict(process=process, processes=processes, gather=gather)
-            results.append(evaluate(None, None, prompts(count), JUDGES, **sharing, **options))
+            results.append(evaluate(None, FlowODE(), prompts(count), JUDGES, **sharing, **options))
             parts[process] = sent
     for result in results[1:]:
         assert all(torch.equal(result.scores[k], results[0].scores[k]) for k in JUDGES)

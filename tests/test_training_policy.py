@@ -3,7 +3,7 @@
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from visalign.generator import Generator
 from visalign.training.policy import CONDITIONING, Average, Policy, check_lora_fits, load_lora
@@ -220,3 +220,51 @@ def test_weights_of_another_policy_are_refused():
         policy.load(make_policy(rank=8).tensors())
     with pytest.raises(ValueError, match="made for another model"):
         policy.load({**policy.tensors(), "more": torch.ones(1)})
+
+
+# Text encoders (TexForce) ----------------------------------------------------------------------------------------
+
+PLAIN = dict(height=32, width=32)
+
+
+def text_policy(family, parts, **options):
+    generator = Generator(tiny.make(family), num_steps=3, guidance_scale=4.0, **PLAIN)
+    generator.noise(PROMPTS, SEEDS)
+    return Policy(generator, 4, 12.0, parts=parts, **options)
+
+
+@pytest.mark.parametrize(
+    "family, parts, kind",
+    [("Stable Diffusion 1.5", "text", StableDiffusionPipeline), ("SDXL", "both", StableDiffusionXLPipeline)],
+)
+def test_a_lora_on_text_encoders_loads_in_plain_diffusers_and_continues(tmp_path, family, parts, kind):
+    policy = text_policy(family, parts, lora_targets=["attention"])
+    assert policy.texts == (["text_encoder"] if parts == "text" else ["text_encoder", "text_encoder_2"])
+    assert ("unet" in policy.modules) == (parts == "both")
+    base = predict(policy).detach()
+    move(policy)
+    policy.export(tmp_path / "lora")
+    wanted = predict(policy).detach()
+    stock = tiny.make(family)
+    assert isinstance(stock, kind)
+    stock.load_lora_weights(str(tmp_path / "lora"))
+    other = Generator(stock, num_steps=3, guidance_scale=4.0, **PLAIN)
+    with torch.no_grad():
+        got = other.predict(other.noise(PROMPTS, SEEDS), 1, PROMPTS, SEEDS)
+    size = float(wanted.abs().max())
+    assert (got - wanted).abs().max() <= 1e-5 * size and (wanted - base).abs().mean() > 1e-3 * size
+    again = text_policy(family, parts, lora_targets=["attention"], seed=5)
+    load_lora(again, tmp_path / "lora")
+    assert all(torch.equal(v, policy.trained[k]) for k, v in again.tensors().items())
+    for name in policy.texts:
+        tiny_encoder = getattr(tiny.make(family), name)
+        tiny_encoder.save_pretrained(tmp_path / "model" / name)
+    check_lora_fits(tmp_path / "lora", tmp_path / "model" if parts == "text" else tmp_path, 4, 12.0)
+    with pytest.raises(ValueError, match="has rank 4, expected lora_rank, 8"):
+        check_lora_fits(tmp_path / "lora", tmp_path, 8)
+
+
+def test_a_pipeline_that_loads_no_lora_on_its_text_encoders_is_refused():
+    generator = Generator(tiny.make("PixArt-Sigma"), num_steps=3, **tiny.FAMILIES["PixArt-Sigma"].options)
+    with pytest.raises(ValueError, match="^policy: got text encoders of PixArtSigmaPipeline, which loads no LoRA"):
+        Policy(generator, 4, parts="text")

@@ -21,7 +21,7 @@ def vlm(request, tmp_path_factory) -> VLM:
 
 def picture(vlm: VLM, rows: int, columns: int, seed: int) -> torch.Tensor:
     """Random 8-bit levels at a size that no processor changes."""
-    side = vlm.patches.patch * vlm.patches.merge
+    side = vlm.vision.patches.patch * vlm.vision.patches.merge
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, rows * side, columns * side), generator=generator).float() / 255
 
@@ -147,9 +147,9 @@ def test_patches_are_those_of_the_processor(vlm):
         pixels = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height))
         smooth = torch.nn.functional.avg_pool2d(pixels, 5, 1, 2)  # differences are 8-bit rounding, not overshoot
         made = vlm.processor.image_processor(images_to_pil(smooth), return_tensors="pt")
-        mine = vlm.patches(smooth)[0]
-        assert made["image_grid_thw"].tolist() == [list(vlm.patches.grid(height, width))]
-        levels = (mine - made["pixel_values"]).abs() * min(vlm.patches.std)
+        mine = vlm.vision.patches(smooth)[0]
+        assert made["image_grid_thw"].tolist() == [list(vlm.vision.patches.grid(height, width))]
+        levels = (mine - made["pixel_values"]).abs() * min(vlm.vision.patches.std)
         assert levels.max() < 2e-2 and levels.mean() < 2 / 255
 
 

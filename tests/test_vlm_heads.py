@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_vlm import TEMPLATE, make_model, make_processor, make_tokenizer
+from tiny_vlm import make_model, make_processor, make_tokenizer
 
 from visalign.images import images_to_pil
 from visalign.rewards import RewardError, make_reward, score
@@ -180,7 +180,7 @@ def test_a_second_reward_token_is_refused(hpsv3):
 def test_patches_match_the_familys_own_processor(hpsv3, size):
     smooth = F.interpolate(_pictures(1, 4, 4, 4), size, mode="bicubic", align_corners=False).clamp(0, 1)
     smooth = ((0.2 + 0.6 * smooth) * 255).round() / 255  # 8 bits, and no overshoot for the processor to cut off midway
-    patches = _make(hpsv3, pixels=8 * 28 * 28).vlm.patches
+    patches = _make(hpsv3, pixels=8 * 28 * 28).vlm.vision.patches
     budget = {"shortest_edge": 8 * 28 * 28, "longest_edge": 8 * 28 * 28}
     for image, worst in ((smooth, 2e-2), (_pictures(1, 4, *size), math.inf)):  # noise overshoots: on the mean only
         theirs = hpsv3[2].image_processor(images_to_pil(image), size=budget, return_tensors="pt")
@@ -341,10 +341,6 @@ def test_equal_heads_pool_to_one_and_variances_add():
 
 # DeScore
 
-VIDEO_TEMPLATE = TEMPLATE.replace(
-    "{% elif", "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif", 1
-)
-
 
 @pytest.fixture(scope="module")
 def descore(tmp_path_factory):
@@ -352,7 +348,6 @@ def descore(tmp_path_factory):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<Reward>"], special_tokens=True)
     model, processor = make_model("qwen3_vl", tokenizer, seed=6), make_processor("qwen3_vl", tokenizer)
-    processor.chat_template = VIDEO_TEMPLATE
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(7))

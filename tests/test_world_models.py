@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from visalign.generator import Generator
 from visalign.rewards import make_reward, score
 from visalign.rollout import rollout
 from visalign.training.evaluate import evaluate
-from visalign.transitions import FlowODE
+from visalign.transitions import FlowODE, ode_of
 from visalign.worlds import JUDGES, resolve_model
 from visalign.worlds.shapes import WEIGHTS, world_prompts
 from visalign.worlds.shapes.build_vlm import accuracy, held_out_lesson
@@ -25,6 +25,15 @@ def test_all_weights_together_are_small():
     assert (WEIGHTS / "CARD.md").is_file()
 
 
+def strict_gold(model: str) -> float:
+    """By the trainer's own evaluation: 200 captions, deterministic steps."""
+    generator = Generator.from_pretrained(resolve_model(model), dtype=torch.float32)
+    gold = make_reward("gold", strict=True)
+    judges = {"gold": lambda images, texts: score(gold, images, texts).total}
+    sampler = ode_of(generator.schedule)
+    return evaluate(generator, sampler, world_prompts("test", 200), judges, seed=1234, batch_size=50).mean("gold")
+
+
 def test_flow_model_draws_a_share_of_held_out_captions_right_and_leaves_room_to_learn():
     """By the trainer's own evaluation, on its 200 captions, with its seed and another."""
     generator = Generator.from_pretrained(resolve_model("shapes-flow"), dtype=torch.float32)
@@ -32,6 +41,23 @@ def test_flow_model_draws_a_share_of_held_out_captions_right_and_leaves_room_to_
     judges = {"gold": lambda images, texts: score(gold, images, texts).total}
     shares = [evaluate(generator, FlowODE(), prompts, judges, seed=s, batch_size=50).mean("gold") for s in (1234, 99)]
     assert 0.35 <= sum(shares) / 2 <= 0.70
+
+
+def test_diffusion_model_draws_a_share_of_held_out_captions_right():
+    assert 0.35 <= strict_gold("shapes-diffusion") <= 0.70
+
+
+def test_diffusion_folder_loads_as_a_stock_pipeline_and_draws_what_the_generator_draws():
+    folder = resolve_model("shapes-diffusion")
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    same = dict(generator=[torch.Generator().manual_seed(5)], output_type="pt")
+    prompt = ["a red circle above a blue square"]
+    wanted = stock(prompt, num_inference_steps=10, guidance_scale=1.0, **same).images
+    with torch.no_grad():
+        generator = Generator.from_pretrained(folder)
+        ours = rollout(generator, prompt, [5], ode_of(generator.schedule), sde_steps=[]).images
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
 
 
 def test_flow_folder_loads_as_a_stock_pipeline_and_draws_what_the_generator_draws():

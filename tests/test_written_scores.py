@@ -15,7 +15,7 @@ from visalign.rewards.judging import RETRY_SEED_STEP, UPSTREAM, ask, fill, load_
 from visalign.rewards.ordinal import expected_rating, probability_better, rating_variance, tie_mass
 from visalign.rewards.parsing import Unreadable
 from visalign.rewards.rational_rewards import rational_score, read_aspects, refined_prompt
-from visalign.rewards.unifiedreward import read_dimensions, read_final_score, read_rank, read_shares, read_think
+from visalign.rewards.unifiedreward_answers import read_dimensions, read_final_score, read_rank, read_shares, read_think
 from visalign.rewards.videoscore2 import expected_mark, published_mark
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -656,7 +656,6 @@ BAD_OPTIONS = [
     ("editscore", {"num_pass": 0}, "num_pass: got 0, expected a whole number of at least 1"),
     ("editscore", {"reduction": "mean"}, "reduction: got 'mean', expected one of"),
     ("editscore", {"temperature": -1}, "temperature: got -1, expected a number of at least 0"),
-    ("videoscore2", {"template": TEMPLATE}, "url: got None, expected an endpoint that takes videos"),
     ("videoscore2", {}, "template: got None, expected the model's own question .*vs2_inference.py"),
     ("videoscore2", {"template": "x"}, "without '{prompt}'"),
     ("videoscore2", {"template": "no/such/file.txt"}, "got no file at 'no/such/file.txt'"),

@@ -16,8 +16,9 @@ import tiny_hf
 import torch
 from live_server import LiveServer
 from test_cycle import tiny_dpt, tiny_upernet
-from test_vlm_heads import VIDEO_TEMPLATE, _checkpoint, _head
+from test_vlm_heads import _checkpoint, _head
 from tiny_clip import EMBEDDING, save_tiny_clip
+from tiny_clip_t5 import save_clip_t5
 from tiny_vlm import make_model, make_processor, make_tokenizer, save_tiny_vlm
 from torch import Tensor
 
@@ -206,7 +207,6 @@ def save_descore(folder: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<Reward>"], special_tokens=True)
     processor = make_processor("qwen3_vl", tokenizer)
-    processor.chat_template = VIDEO_TEMPLATE
     make_model("qwen3_vl", tokenizer, seed=6).save_pretrained(folder)
     processor.save_pretrained(folder)
     weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(7))
@@ -289,6 +289,7 @@ OPTIONS: dict[str, Callable[[TinyRewards], dict[str, Any]]] = {
     "rubric": lambda t: {"rubric": RUBRIC, "model": t.saved(save_tiny_vlm)},
     "segmental": lambda t: {"reward": tasteful},
     "set_consistency": lambda t: _hf_clip(t, pretrained=None),
+    "shapes_taste": lambda t: {},
     "temporal_flicker": lambda t: {},
     "unifiedreward": _judge(templates={"image": "SIDES of {prompt}", "video": "SIDES of {prompt}"}),
     "unifiedreward_flex": _judge(),
@@ -299,5 +300,6 @@ OPTIONS: dict[str, Callable[[TinyRewards], dict[str, Any]]] = {
     "vlm_rm": lambda t: _clip(t, baseline="a picture"),
     "vlm_yes": _vlm,
     "vqascore": _vlm,
+    "vqascore clip_t5": lambda t: {"model": t.saved(save_clip_t5), "template": "Look."},
     "win_rate": lambda t: {"judge": tasteful_pair, "outcome": "soft"},
 }

@@ -11,6 +11,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -54,7 +55,7 @@ def make_processor(family: str, tokenizer):
     if family == "qwen3_vl":
         return Qwen3VLProcessor(image_processor, tokenizer, Qwen3VLVideoProcessor(), chat_template=TEMPLATE)
     kind = Qwen2VLProcessor if family == "qwen2_vl" else Qwen2_5_VLProcessor
-    return kind(image_processor, tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+    return kind(image_processor, tokenizer, Qwen2VLVideoProcessor(**options), chat_template=TEMPLATE)
 
 
 def make_model(family: str, tokenizer, seed: int = 0, hidden: int = 32, layers: int = 2):

@@ -30,7 +30,7 @@ from visalign.training.data import Group, iteration_groups, share_of
 from visalign.training.optimization import mean_over_processes
 from visalign.training.run import WATCH, Run
 from visalign.training.scoring import Scored
-from visalign.training.watching import roll_back, watch
+from visalign.training.watching import roll_back, watch, watch_evaluation
 from visalign.transitions import make_transition
 from visalign.windows import flash_post_steps, make_window, trained_steps
 
@@ -150,8 +150,7 @@ class FlowGRPO:
         self.transition = make_transition(cfg.sampler, eta=cfg.eta)
         self.window = cfg.make_window()
         self.schedule = parts.generator.schedule
-        if self.schedule.kind != "flow":
-            raise ValueError(f"model: got a {self.schedule.kind} model, expected a flow-matching one for flow_grpo")
+        preflight.check_kind(cfg.model, self.schedule.kind, ["flow"])
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
         self.step_weights = step_weights(cfg.step_weight, self.stds, self.schedule.levels)
         if parts.scorer.one_set and accelerator.num_processes > 1:
@@ -326,6 +325,7 @@ class FlowGRPO:
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
     plan = preflight.make_plan(cfg, "flow_grpo")
+    preflight.check_kind(cfg.model, preflight.kind_of_folder(plan.model), ["flow"])
     accelerator = Accelerator()
     preflight.check_shares(cfg.prompts_per_step // cfg.updates_per_step, accelerator)
     plan.folder = setup.same_on_all(plan.folder)
@@ -368,11 +368,12 @@ def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: se
             shown = [(t.images, t.prompts) for t in drawn if t.images is not None]
             values |= watch(run, parts, step + 1, shown, *trainer.seen, values.get("kl"))
             parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
-            stop = setup.stopping(run, accelerator)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
                 evaluation = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts[: cfg.eval_during])
                 values |= outcome.evaluation_values(evaluation)
+                watch_evaluation(run, parts, step + 1, evaluation, values)
                 setup.keep_best(parts, evaluation)
+            stop = setup.stopping(run, accelerator)
             run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
             if step % max(1, cfg.steps // 10) == 0:
                 run.save_grid(f"step-{step + 1}.png", shown[0][0][:16])

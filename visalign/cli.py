@@ -6,8 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from visalign.worlds import PARTS
+
 TRAINERS = {
     "flow_grpo": "GRPO for flow-matching models (the default)",
+    "ddpo": "DDPO, RLCM and TexForce for diffusion and consistency models",
     "reward_backprop": "gradients of a differentiable reward: DRaFT, AlignProp, ReFL, SRPO and others",
 }
 
@@ -61,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     rewards.set_defaults(run=_rewards)
     world = commands.add_parser("world", help="the offline world: pictures, prompts, and building its models anew")
     world.add_argument("action", choices=("show", "prompts", "card", "build"))
-    world.add_argument("part", nargs="?", choices=("vae", "clip", "flow", "taste", "vlm"), help="for build")
+    world.add_argument("part", nargs="?", choices=PARTS, help="for build")
     world.add_argument("--split", default="test", choices=("train", "test", "compositional"))
     world.add_argument("--count", type=int, default=32)
     world.add_argument("--out", type=Path, default=Path("world"), help="folder for the result")
@@ -93,7 +96,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from visalign.rollout import rollout
     from visalign.training.policy import check_lora_fits
     from visalign.training.run import check_writable
-    from visalign.transitions import ode_of
+    from visalign.transitions import sampler_of
     from visalign.worlds import resolve_model
 
     _check_count(arguments)
@@ -115,7 +118,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     for prompt in arguments.prompt:
         seeds = [arguments.seed + k for k in range(arguments.count)]
         with torch.no_grad():
-            images = rollout(generator, [prompt] * len(seeds), seeds, ode_of(generator.schedule), sde_steps=[]).images
+            sampler = sampler_of(generator.schedule)
+            noisy: list[int] | None = None if sampler.stochastic else []
+            images = rollout(generator, [prompt] * len(seeds), seeds, sampler, sde_steps=noisy).images
         assert images is not None
         for seed, image in zip(seeds, images_to_pil(images)):
             path = arguments.out / f"{number:04d}-seed{seed}.png"
@@ -199,7 +204,7 @@ def _world(arguments: argparse.Namespace) -> None:
 
     _check_count(arguments)
     if (arguments.action == "build") != (arguments.part is not None):
-        raise ValueError("world: 'build' takes one of vae, clip, flow, taste, vlm, the other actions take none of them")
+        raise ValueError(f"world: 'build' takes one of {', '.join(PARTS)}, the other actions take none of them")
     if arguments.action == "card":
         print((WEIGHTS / "CARD.md").read_text())
     elif arguments.action == "prompts":

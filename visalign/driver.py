@@ -63,12 +63,21 @@ class PipelineDriver:
         self.pipeline.__dict__.update(self._stock)
         self.pipeline._progress_bar_config = self._progress
 
-    def release_text_encoders(self) -> None:
-        """Take the text encoders out of the pipeline, to the CPU, until `close`."""
+    def encode_anew(self) -> None:
+        """Encode prompts anew in every call, with gradient where it is recorded."""
+        self._memo().trained = True
+
+    def _memo(self) -> PromptMemo:
         if self.memo is None:
             name = type(self.pipeline).__name__
             raise UnsupportedPipeline(f"pipeline: got {name} without encode_prompt, expected one with it")
-        self.memo.frozen = True
+        return self.memo
+
+    def release_text_encoders(self) -> None:
+        """Take the text encoders out of the pipeline, to the CPU, until `close`."""
+        if self._memo().trained:
+            raise ValueError("release_text_encoders: got text encoders under training, expected frozen ones")
+        self._memo().frozen = True
         for name, module in self.pipeline.components.items():
             if name.startswith("text_encoder") and isinstance(module, nn.Module):
                 self._stock[name] = module.to("cpu")
@@ -116,6 +125,8 @@ class PipelineDriver:
         if self.stand_in.control is not None:
             raise RuntimeError("pipeline: got a call from inside step_fn, expected one call at a time")
         self.stand_in.control = run
+        if self.memo is not None:
+            self.memo.grad = grad
         media = None
         try:
             with own_random_state(int(seeds[0]), self.pipeline.device):
@@ -125,6 +136,8 @@ class PipelineDriver:
         finally:
             self.stand_in.control = None
             self._stubs.off()
+            if self.memo is not None:
+                self.memo.grad = False
         return run, media
 
     def _on_schedule(self, scheduler: Any) -> None:

@@ -273,6 +273,14 @@ class Generator:
         if self._driver.memo is not None:
             self._driver.memo.clear()
 
+    def encode_anew(self) -> None:
+        """From now on encode prompts anew in every call, with gradient where it is enabled: to train text encoders.
+
+        The gradient then reaches the encoders through the denoiser's predictions. Backward frees the graph that the
+        steps of a call share: call it once a call, or make a call for each step.
+        """
+        self._driver.encode_anew()
+
     def release_text_encoders(self) -> None:
         """Take the text encoders out of the pipeline, to the CPU; only prompts encoded before can then be used."""
         self._driver.release_text_encoders()

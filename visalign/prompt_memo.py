@@ -18,7 +18,12 @@ class PromptMemo:
     from the memo; a negative prompt is encoded once for all prompts. Where the outputs of single prompts differ in
     length they are padded with zeros as the pipeline pads them, if that was seen to give the pipeline's own batch;
     else a batch is encoded, and remembered, as a whole. Calls with tensors or images are passed on.
-    Entries keep the encoder's dtype and device. Not for encoders under training: everything runs without gradient.
+    Entries keep the encoder's dtype and device.
+
+    Attributes:
+        trained: the encoders are under training: nothing is remembered from one `encode_prompt` to the next, and the
+            embeddings carry gradient wherever it is recorded.
+        grad: gradient is recorded in the pipeline call under way, although the pipeline's own `no_grad` hides it.
     """
 
     def __init__(self, encode: Callable) -> None:
@@ -29,11 +34,18 @@ class PromptMemo:
         self._ragged: dict[int, torch.dtype] | None = None  # slots that are length masks, once learned
         self._assembles = True
         self.frozen = False  # raise for what is not remembered
+        self.trained = self.grad = False
 
         @functools.wraps(encode)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                return self._lookup(self._signature.bind(*args, **kwargs))
+            grad = self.trained and (self.grad or torch.is_grad_enabled())
+            if self.trained:
+                self.clear()
+            with torch.set_grad_enabled(grad):
+                out = self._lookup(self._signature.bind(*args, **kwargs))
+            if grad:
+                torch.set_grad_enabled(True)  # pipelines join the embeddings before their loop; it ends with their call
+            return out
 
         self.encode = encode_prompt
 

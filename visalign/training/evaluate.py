@@ -72,7 +72,7 @@ def evaluate(
     gather: Callable[[Tensor], Tensor] = lambda t: t,
     extras: Extras | None = None,
 ) -> Evaluation:
-    """One image a prompt, without noise in the steps, scored by every judge.
+    """One image a prompt, scored by every judge. A stochastic transition draws its noise from the prompt's seed.
 
     Prompt k always gets the same seed. Each process takes the prompts k = process, process + processes, ...; `gather`
     joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
@@ -86,7 +86,8 @@ def evaluate(
         texts = [prompts[k] for k in rows]
         seeds = [derived_seed(seed, 4, k) for k in rows]
         inputs, context = extras(rows, texts) if extras else ({}, {})
-        drawn = rollout(generator, texts, seeds, transition, sde_steps=[], **inputs).images
+        noisy: list[int] | None = None if transition.stochastic else []
+        drawn = rollout(generator, texts, seeds, transition, sde_steps=noisy, **inputs).images
         assert drawn is not None
         for name, judge in judges.items():
             scores[name].append(judge(drawn, texts, **({"context": context} if context else {})).double().cpu())

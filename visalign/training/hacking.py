@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from .trends import Series, shift_p_value, trend
 
 PICTURE = ("saturation", "brightness", "contrast", "high_frequency", "jpeg_size", "grid_")  # beginnings of names
@@ -29,12 +32,15 @@ class MonitorOptions:
     drift_limit: float = 1.0  # of a picture statistic, in spreads of the first iterations' pictures
     fall_limit: float = 0.2  # of a watched reward within a window, in spreads of its first scores
     gap_limit: float = 1.0  # of the reward's gain over the gold judge's, in spreads of each
+    heldout_limit: float = 0.25  # of the reward's gain on held-out prompts, in spreads; from there gold must follow
+    heldout_share: float = 0.25  # of that gain, in the gold judge's own spreads, that it must have
     diversity_limit: float = 0.5  # share of the first iterations' diversity that must be left
     reward_spread_limit: float = 0.25  # as much for the rewards' spread within groups
     zero_variance_limit: float = 0.75  # share of groups whose rewards are all equal
     kl_budget: float | None = None  # in the unit of the `kl` given; None: not watched
     confidence: float = 0.999  # of a shift, and of the reward's own rise
     fall_confidence: float = 0.998  # of a watched reward's fall
+    heldout_confidence: float = 0.99  # of what evaluations on held-out prompts tell
     gold: tuple[str, ...] = ("gold", "gold_strict")  # watched rewards that are the truth
     grid_periods: tuple[int, ...] = (8, 16)  # pixels; used where four periods fit
     pictures: int = 64  # looked at in an iteration, in whole groups
@@ -46,10 +52,11 @@ class MonitorOptions:
         for name in ("baseline", "recent"):
             if getattr(self, name) < 8:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 8 (fewer cannot reach confidence)")
-        for name in ("drift_limit", "fall_limit", "gap_limit", "pictures", "repeat_after"):
+        for name in ("drift_limit", "fall_limit", "gap_limit", "heldout_limit", "pictures", "repeat_after"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
-        for name in ("diversity_limit", "reward_spread_limit", "zero_variance_limit", "confidence", "fall_confidence"):
+        shares = ("diversity_limit", "reward_spread_limit", "zero_variance_limit", "heldout_share")
+        for name in (*shares, "confidence", "fall_confidence", "heldout_confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected within (0, 1)")
         if not self.windows or min(self.windows) < FEWEST_POINTS:
@@ -94,6 +101,56 @@ def check(step: int, name: str, series: Mapping[str, Series], options: MonitorOp
         if name.removeprefix(WATCHED) in options.gold:
             found.append(_gap(step, name, own, series["reward"], options))
     return [f for f in found if f is not None]
+
+
+def check_heldout(
+    step: int, before: Mapping[str, Tensor], now: Mapping[str, Tensor], options: MonitorOptions
+) -> list[Finding]:
+    """Findings of an evaluation, set against the one before training, prompt by prompt.
+
+    The same prompts and seeds make this far more sensitive than the pictures trained on. Where the reward has gained,
+    a judge that knows the truth must gain a share of it, and no other watched reward may fall; gains are in spreads of
+    each one's scores before. One-sided tests on paired differences.
+
+    Args:
+        before, now: scores (N,) by name, "reward" among them; of `before` the first N are taken.
+    """
+    sure = NormalDist().inv_cdf(options.heldout_confidence)
+    gains = {name: gain for name in now if (gain := _gain(before[name], now[name])) is not None}
+    reward = gains.pop("reward", None)
+    if reward is None or _mean(reward) < options.heldout_limit or _z(reward) < sure:
+        return []
+    risen, found = _mean(reward), []
+    for name, gain in sorted(gains.items()):
+        change = _mean(gain)
+        what = f"on held-out prompts the reward gained {risen:.2f} spreads and {name} {change:+.2f}"
+        if name in options.gold:
+            limit, behind = options.heldout_share * risen, gain - options.heldout_share * reward
+            finding, words = f"heldout_gap_{name}", f"at least {options.heldout_share} of it expected"
+        else:
+            limit, behind = -options.fall_limit, gain
+            finding, words = f"heldout_fall_{name}", f"limit {limit}"
+        if change < limit and _z(behind) < -sure:
+            found.append(Finding(finding, step, "alarm", f"{what} ({words})", change, limit))
+    return found
+
+
+def _gain(before: Tensor, now: Tensor) -> Tensor | None:
+    """Differences (N,) in spreads of `before`, NaN where one is; None where nothing varied or too little is known."""
+    before, now = before[: len(now)].double(), now.double()
+    known = before.isfinite() & now.isfinite()
+    spread = float(before[known].std(correction=0)) if int(known.sum()) >= FEWEST_POINTS else 0.0
+    return torch.where(known, now - before, torch.nan) / spread if spread > 0 else None
+
+
+def _mean(differences: Tensor) -> float:
+    return float(differences.nanmean())
+
+
+def _z(differences: Tensor) -> float:
+    known = differences[differences.isfinite()]
+    error = float(known.std()) / len(known) ** 0.5
+    return float(known.mean()) / max(error, 1e-12)
 
 
 def _drift(step: int, name: str, own: Series, options: MonitorOptions) -> Finding | None:

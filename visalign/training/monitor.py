@@ -5,7 +5,7 @@ trainer decides what to do with it. What is too much is in `visalign.training.ha
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from visalign.advantages import group_statistics
 from visalign.rewards.jpeg import jpeg_kilobytes
 from visalign.rewards.sets import vendi_score
 
-from .hacking import Finding, MonitorOptions, check
+from .hacking import Finding, MonitorOptions, check, check_heldout
 from .trends import Number, Series
 
 Action = Literal["none", "warn", "stop", "rollback"]
@@ -82,13 +82,20 @@ class Monitor:
         self.latest = {name: number[0] for name, number in numbers.items()}
         for name, number in numbers.items():
             self.series.setdefault(name, Series()).add(step, number, options.baseline, max(options.windows))
+        return self._new(f for name in numbers for f in check(step, name, self.series, options))
+
+    def compare(self, step: int, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[Finding]:
+        """Take in an evaluation on held-out prompts, see `check_heldout`; returns what was not known to be wrong."""
+        return self._new(check_heldout(step, before, now, self.options))
+
+    def _new(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Those not told yet, or long ago; they are told now."""
         found = []
-        for name in numbers:
-            for finding in check(step, name, self.series, options):
-                last = self.raised.get(finding.name)
-                if last is None or step - last >= options.repeat_after:
-                    self.raised[finding.name] = step
-                    found.append(finding)
+        for finding in findings:
+            last = self.raised.get(finding.name)
+            if last is None or finding.step - last >= self.options.repeat_after:
+                self.raised[finding.name] = finding.step
+                found.append(finding)
         return found
 
     def action(self, findings: Sequence[Finding]) -> Action:

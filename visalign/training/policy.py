@@ -1,14 +1,15 @@
-"""What is trained: LoRA or full weights of a Generator's denoiser, its reference, its average, and its export."""
+"""What is trained: LoRA or full weights of a Generator's modules, their reference, their average, their export."""
 
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig
@@ -20,27 +21,39 @@ from torch import Tensor, nn
 from visalign.generator import Generator
 
 ADAPTER = "default"
-ATTENTION_ONLY = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_WITH_LORA = ("transformer", "unet", "text_encoder")  # components, or what their names begin with
+ATTENTION_ONLY = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("q_proj", "k_proj", "v_proj", "out_proj"),  # of text encoders
+)
 ALL_LINEAR = "all-linear"
 CONDITIONING = re.compile(
     r"(^|[._])(t|time|timestep|text_embedder|guidance_embedder|pooled|adaln|mod|modulation|norm\d*)(?=[._]|$)", re.I
 )
 
 
-class Policy:
-    """The trainable part of a Generator's denoiser, in float32 whatever the model's dtype.
+Parts = Literal["denoiser", "text", "both"]
 
-    `base_digest` names the weights it was built on.
+
+class Policy:
+    """The trainable part of a Generator's denoiser, its text encoders or both, in float32 whatever the model's dtype.
+
+    `base_digest` names the weights it was built on. `modules` are those trained, by component; `module` is the first.
 
     Args:
-        generator: its denoiser is changed in place.
+        generator: its trained modules are changed in place. With text encoders under training (TexForce,
+            arXiv:2311.15657) it encodes prompts anew in every call, see `Generator.encode_anew`.
         lora_rank: 0 trains all weights of the denoiser, and keeps a frozen copy as the reference; a half-precision
             denoiser then computes in its own dtype over float32 weights.
         lora_alpha: LoRA's scale is alpha / rank.
         lora_targets: names of linear layers, or of groups of them: "all-linear" (where None), "attention",
             "conditioning" (those that turn time and pooled text into the scales and shifts of norms).
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute the denoiser's activations in the backward pass.
+        parts: what is trained; "text" and "both" need a lora_rank.
         component: which of the modules in the loop is trained, e.g. controlnet; None: the main one.
+
+    Raises:
+        ValueError: lora_targets that a module lacks, or a pipeline that could not load a LoRA on its text encoders.
     """
 
     def __init__(
@@ -51,6 +64,7 @@ class Policy:
         lora_targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        parts: Parts = "denoiser",
         component: str | None = None,
     ):
         self.generator, self.lora_rank = generator, lora_rank
@@ -58,29 +72,36 @@ class Policy:
             expected = sorted(generator.denoisers)
             raise ValueError(f"component: got {component!r}, expected one that runs in the loop: {expected}")
         module = generator.denoiser if component is None else generator.denoisers[component]
-        self.module = cast(Any, module)  # a diffusers model: its adapter methods are not in nn.Module
-        self.component = next(n for n, m in generator.denoisers.items() if m is self.module)
-        for component in generator.pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False)
-        self.base_digest = weights_digest(self.module)
+        denoiser = cast(Any, module)  # a diffusers model: its adapter methods are not in nn.Module
+        components = generator.pipeline.components
+        self.modules: dict[str, Any] = {}
+        if parts != "text":
+            self.modules[next(n for n, m in generator.denoisers.items() if m is denoiser)] = denoiser
+        self.texts = _text_encoders(generator, lora_rank) if parts != "denoiser" else []
+        self.modules |= {name: components[name] for name in self.texts}
+        self.module = next(iter(self.modules.values()))
+        for part in components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False)
+        self.base_digest = "-".join(
+            weights_digest(m) for m in {id(m): m for m in (denoiser, *self.modules.values())}.values()
+        )
         self.frozen: dict[str, Tensor] = {}
         if lora_rank:
+            alpha = lora_alpha if lora_alpha is not None else lora_rank
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                self.module.add_adapter(
-                    LoraConfig(
-                        r=lora_rank,
-                        lora_alpha=lora_alpha if lora_alpha is not None else lora_rank,
-                        init_lora_weights="gaussian",
-                        target_modules=_targets(self.module, lora_targets),
-                    ),
-                    ADAPTER,
-                )
+                for module in self.modules.values():
+                    targets = _targets(module, lora_targets)
+                    config = dict(r=lora_rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+                    module.add_adapter(LoraConfig(**config), ADAPTER)
         else:
             self.module.requires_grad_(True)
         self.trained: dict[str, nn.Parameter] = {
-            name: p for name, p in self.module.named_parameters() if p.requires_grad
+            name if parts == "denoiser" else f"{component}.{name}": p
+            for component, module in self.modules.items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
         }
         dtype = next(iter(self.trained.values())).dtype
         for parameter in self.trained.values():
@@ -90,18 +111,20 @@ class Policy:
                 _compute_in(self.module, dtype)
             self.frozen = {name: p.detach().clone() for name, p in self.trained.items()}
         if gradient_checkpointing:
-            self.module.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
+        if self.texts:
+            generator.encode_anew()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Within, the generator is the base model: adapters off, or the frozen copy swapped in; without gradient."""
         with torch.no_grad():
             if self.lora_rank:
-                self.module.disable_adapters()
-                try:
+                with ExitStack() as after:
+                    for module in self.modules.values():
+                        module.disable_adapters()
+                        after.callback(module.enable_adapters)
                     yield
-                finally:
-                    self.module.enable_adapters()
             else:
                 with self.swapped(self.frozen):
                     yield
@@ -139,14 +162,15 @@ class Policy:
             if not self.lora_rank:
                 self.module.save_pretrained(folder)
                 return
-            state = {
-                k: v.detach().clone() for k, v in get_peft_model_state_dict(self.module, adapter_name=ADAPTER).items()
-            }
-            config = copy.deepcopy(self.module.peft_config[ADAPTER])
-        self.generator.pipeline.save_lora_weights(
-            str(folder),
-            **{f"{self.component}_lora_layers": state, f"{self.component}_lora_adapter_metadata": config.to_dict()},
-        )
+            layers: dict[str, Any] = {}
+            for component, module in self.modules.items():
+                state = {
+                    k: v.detach().clone() for k, v in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+                }
+                config = copy.deepcopy(module.peft_config[ADAPTER])
+                layers[f"{component}_lora_layers"] = {_prefix(component, module) + k: v for k, v in state.items()}
+                layers[f"{component}_lora_adapter_metadata"] = config.to_dict()
+        self.generator.pipeline.save_lora_weights(str(folder), **layers)
 
 
 class Average:
@@ -165,6 +189,26 @@ class Average:
         self.updates += 1
         for name, parameter in self.policy.trained.items():
             self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+
+def _text_encoders(generator: Generator, lora_rank: int) -> list[str]:
+    """The text encoders that can be trained by LoRA and loaded elsewhere."""
+    pipeline = generator.pipeline
+    names = [n for n, m in pipeline.components.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)]
+    taken = inspect.signature(pipeline.save_lora_weights).parameters if hasattr(pipeline, "save_lora_weights") else ()
+    if not names or any(f"{name}_lora_layers" not in taken for name in names):
+        raise ValueError(
+            f"policy: got text encoders of {type(pipeline).__name__}, which loads no LoRA for {names or 'any'}, "
+            "expected 'denoiser', or a pipeline that does (Stable Diffusion 1 and 2, SDXL, LCM)"
+        )
+    if not lora_rank:
+        raise ValueError("lora_rank: got 0 for text encoders, expected > 0")
+    return names
+
+
+def _prefix(component: str, module: nn.Module) -> str:
+    """What LoRA files put before a CLIP text model's layers, which were within a `text_model` until transformers 5."""
+    return "text_model." if component.startswith("text_encoder") and not hasattr(module, "text_model") else ""
 
 
 def scaled_change(policy: Policy, values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -249,15 +293,17 @@ def check_lora_fits(lora: Path, model: Path, rank: int | None = None, alpha: flo
     if not any(".lora_" in key for key in layers):
         raise ValueError(f"lora: got {str(files[0])!r}, which holds no LoRA layers, expected a LoRA file")
     weights: dict[str, list[int]] = {}
-    for file in sorted(model.glob("*/diffusion_pytorch_model*.safetensors")):
-        if file.parent.name in ("transformer", "unet"):
-            weights |= {f"{file.parent.name}.{k}": s for k, s in header(file).items()}
+    for file in sorted(
+        [*model.glob("*/diffusion_pytorch_model*.safetensors"), *model.glob("text_encoder*/model*.safetensors")]
+    ):
+        if file.parent.name.startswith(_WITH_LORA):
+            weights |= {f"{file.parent.name}.{k}".replace(".text_model.", "."): s for k, s in header(file).items()}
     own_alpha = lora_alpha(files[0])
     for key, shape in layers.items():
         layer, found, side = key.removesuffix(".weight").rpartition(".lora_")
-        if not found or not layer.startswith(("transformer.", "unet.")):
+        if not found or not layer.startswith(_WITH_LORA):
             continue
-        base = weights.get(f"{layer}.weight")
+        base = weights.get(f"{layer}.weight".replace(".text_model.", "."))
         want = None if base is None else base[1] if side == "A" else base[0]
         have, own_rank = (shape[1], shape[0]) if side == "A" else (shape[0], shape[1])
         if weights and want != have:
@@ -284,15 +330,17 @@ def load_lora(policy: Policy, folder: Path) -> None:
         ValueError: it is for other layers or of another rank.
     """
     file = next(iter(sorted(folder.glob("*.safetensors")))) if folder.is_dir() else folder
-    prefix = policy.component + "."
-    state = {k.removeprefix(prefix): v for k, v in load_file(str(file)).items() if k.startswith(prefix)}
-    own = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(policy.module, adapter_name=ADAPTER).items()}
-    if own != {k: tuple(v.shape) for k, v in state.items()}:
-        raise ValueError(
-            f"lora: {str(folder)!r} has other layers or another rank than lora_rank={policy.lora_rank} with these "
-            "lora_targets; give the ones it was trained with"
-        )
-    set_peft_model_state_dict(policy.module, state, adapter_name=ADAPTER)
+    tensors = load_file(str(file))
+    for component, module in policy.modules.items():
+        prefix = f"{component}.{_prefix(component, module)}"
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        own = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()}
+        if own != {k: tuple(v.shape) for k, v in state.items()}:
+            raise ValueError(
+                f"lora: {str(folder)!r} has other layers or another rank than lora_rank={policy.lora_rank} with these "
+                f"lora_targets for {component}; give the ones it was trained with"
+            )
+        set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
 
 
 def header(file: Path) -> dict[str, list[int]]:

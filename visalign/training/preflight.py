@@ -1,7 +1,9 @@
 """Everything that can be checked before a model loads: the model, the prompts, the rewards, the run folder."""
 
 import hashlib
+import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,30 @@ def judge_specs(cfg: CommonConfig, prompts: list[str]) -> dict[str, str]:
     except ValueError:
         return {}
     return {"gold_strict": "gold"}
+
+
+TRAINERS = {"flow": "flow_grpo", "diffusion": "ddpo", "consistency": "ddpo"}  # policy gradients, by kind of model
+
+
+def check_kind(model: str, kind: str | None, expected: Collection[str]) -> None:
+    """Refuse a model of another kind than the trainer's, naming the trainer that takes it; None: not known yet."""
+    if kind is not None and kind not in expected:
+        raise ValueError(
+            f"model: got {model!r}, a {kind} model, expected a {' or '.join(expected)} model; "
+            f"the trainer for it is {TRAINERS[kind]}"
+        )
+
+
+def kind_of_folder(model: str) -> str | None:
+    """flow, diffusion or consistency, by the scheduler's file in a local model folder; None where there is none."""
+    file = Path(model) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    name = str(config.get("_class_name"))
+    if "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    return "consistency" if name == "LCMScheduler" else "diffusion"
 
 
 def check_shares(prompts: int, accelerator: Accelerator) -> None:

@@ -1,9 +1,9 @@
 """The parts of a training run: built from the plan, evaluated, put back from a checkpoint, saved to one."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visalign.generator import Generator
 from visalign.rewards import make_reward
-from visalign.transitions import ode_of
+from visalign.transitions import sampler_of
 
 from . import checkpoint as ckpt
 from .attention import set_attention
@@ -49,6 +49,7 @@ class Parts:
     images_sampled: int = 0
     best: tuple[float, int] | None = None
     before: Evaluation | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # what a trainer itself carries from step to step, as JSON
 
     def apply_gradients(self, accelerator: Accelerator, step: int) -> float:
         """One optimiser update and one of the average, unless a gradient is not finite; returns the gradient norm."""
@@ -86,6 +87,8 @@ def build(
         guidance_scale=cfg.guidance_scale,
         **sizes,
     )
+    if getattr(generator.pipeline, "safety_checker", None) is not None:
+        generator.pipeline.safety_checker = None  # it paints pictures black, and a reward must see what was drawn
     further = inputs(generator) if inputs else {}
     generator.noise(plan.prompts[:1], [0], **further)  # learns which modules denoise; refuses a pipeline that cannot
     attention = set_attention(generator.denoiser, cfg.attention)
@@ -96,12 +99,13 @@ def build(
         cfg.lora_targets,
         cfg.gradient_checkpointing,
         cfg.seed,
+        getattr(cfg, "policy", "denoiser"),
         component,
     )
     if cfg.lora:
         load_lora(policy, Path(cfg.lora))
     if cfg.compile:
-        policy.module.compile_repeated_blocks(fullgraph=False)
+        cast(Any, generator.denoiser).compile_repeated_blocks(fullgraph=False)
     if cfg.release_text_encoders:
         texts = list(dict.fromkeys([*plan.prompts, *plan.eval_prompts]))
         for start in range(0, len(texts), cfg.batch_size):
@@ -141,14 +145,14 @@ def evaluate_average(
     values: dict[str, Tensor] | None = None,
     extras: Extras | None = None,
 ) -> Evaluation:
-    """The averaged weights on held-out prompts, without noise in the steps; the same on any number of processes.
+    """The averaged weights on held-out prompts, by their usual sampler; the same on any number of processes.
 
     `values` are other weights in their place, `extras` as of `evaluate`.
     """
     with run.stage("evaluate"), parts.policy.swapped(parts.average.values if values is None else values):
         return evaluate(
             parts.generator,
-            ode_of(parts.generator.schedule),
+            sampler_of(parts.generator.schedule),
             prompts,
             parts.judges,
             seed=cfg.eval_seed,
@@ -176,6 +180,7 @@ def restore(path: Path, parts: Parts) -> None:
     parts.best = tuple(state["best"]) if state["best"] else None
     if parts.monitor is not None and state.get("monitor"):
         parts.monitor.load_state_dict(state["monitor"])
+    parts.extra = state.get("extra", {})
     before = {k: v.double() for k, v in tensors.get("before", {}).items()}
     parts.before = Evaluation(state["before_prompts"], before) if before else None
 
@@ -208,6 +213,7 @@ def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerat
                     "best": parts.best,
                     "ema_updates": parts.average.updates,
                     "monitor": parts.monitor.state_dict() if parts.monitor else None,
+                    "extra": parts.extra,
                     "before_prompts": parts.before.prompts if parts.before else [],
                 },
             )

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import setup
-from .monitor import first_groups
+from .evaluate import Evaluation
+from .hacking import Finding
+from .monitor import Monitor, first_groups
 from .run import WATCH, Run
 
 
@@ -40,12 +42,24 @@ def watch(
         judges = {name: judge for name, judge in parts.judges.items() if name != "reward"}
         watched = {name: judge(images[rows], [prompts[r] for r in rows]) for name, judge in judges.items()}
         found = monitor.update(step, images, group_ids, rewards, watched, kl)
+    return {f"monitor_{name}": value for name, value in monitor.latest.items()} | _tell(run, monitor, found)
+
+
+def watch_evaluation(run: Run, parts: setup.Parts, step: int, evaluation: Evaluation, logged: dict[str, Any]) -> None:
+    """Show the monitor an evaluation under way, beside the one before; as `watch`, adding to what is logged."""
+    if parts.monitor is None or not run.main or parts.before is None:
+        return
+    told = _tell(run, parts.monitor, parts.monitor.compare(step, parts.before.scores, evaluation.scores))
+    logged |= {name: [*logged.get(name, ()), *words] for name, words in told.items()}
+
+
+def _tell(run: Run, monitor: Monitor, found: list[Finding]) -> dict[str, list[str]]:
+    """Say and log findings, and ask the run to stop where the options want it."""
     for finding in found:
-        run.say(f"step {step}: {finding}")
+        run.say(f"step {finding.step}: {finding}")
     if monitor.action(found) in ("stop", "rollback"):
         run.stopping = run.stopping or WATCH
-    values: dict[str, Any] = {f"monitor_{name}": value for name, value in monitor.latest.items()}
-    return values | ({"findings": [str(finding) for finding in found]} if found else {})
+    return {"findings": [str(finding) for finding in found]} if found else {}
 
 
 def roll_back(run: Run, parts: setup.Parts) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "flow_sde",
     "make_transition",
     "ode_of",
+    "sampler_of",
     "shift_sigmas",
     "unscaled_log_prob",
     "velocity_to_denoised",
@@ -234,6 +235,11 @@ def ode_of(schedule: Schedule) -> Transition:
         "consistency": Consistency(eta=0.0),
     }
     return kinds[schedule.kind]
+
+
+def sampler_of(schedule: Schedule) -> Transition:
+    """What a model of this kind is usually sampled with: `ode_of`, but for consistency models, which re-noise."""
+    return Consistency() if schedule.kind == "consistency" else ode_of(schedule)
 
 
 def _levels(schedule: Schedule, step_index: int, kind: str, name: str) -> tuple[float, float]:

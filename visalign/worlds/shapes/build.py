@@ -8,8 +8,11 @@ from typing import Any
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection
 
+from .. import PARTS
 from . import WEIGHTS
 from .build_clip import train_clip
+from .build_consistency import train_consistency
+from .build_diffusion import train_diffusion
 from .build_flow import train_flow
 from .build_taste import train_taste
 from .build_vae import train_vae
@@ -17,28 +20,35 @@ from .build_vlm import train_vlm
 
 
 def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = None) -> None:
-    """Train "vae", "clip", "flow", "taste" or "vlm" into `folder`.
+    """Train one of PARTS into a folder of its name in `folder`.
 
-    "flow" uses the shipped autoencoder, or `folder`/vae if it is there; "taste" likewise the CLIP.
+    What a part learns from is the shipped model, or that in `folder` if it is there: the autoencoder for "flow", the
+    flow model for "diffusion", that for "consistency", the CLIP for "taste".
 
     Raises:
         ValueError: an unknown part.
     """
+    if part not in PARTS:
+        raise ValueError(f"part: got {part!r}, expected one of {PARTS}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     chosen: dict[str, Any] = {"device": device} | ({} if steps is None else {"steps": steps})
+
+    def known(name: str, shipped: Path) -> Path:
+        return folder / name if (folder / name).is_dir() else shipped
+
     if part == "vae":
         train_vae(**chosen).save_pretrained(folder / "vae")
     elif part == "clip":
         text = CLIPTextModelWithProjection.from_pretrained(WEIGHTS / "flow" / "text_encoder")
         train_clip(folder / "clip", text_encoder=text, **chosen)
     elif part == "flow":
-        own = folder / "vae"
-        vae = AutoencoderKL.from_pretrained(own if own.is_dir() else WEIGHTS / "flow" / "vae")
+        vae = AutoencoderKL.from_pretrained(known("vae", WEIGHTS / "flow" / "vae"))
         train_flow(vae.float().eval().requires_grad_(False), folder / "flow", **chosen)
+    elif part == "diffusion":
+        train_diffusion(folder / "diffusion", teacher=known("flow", WEIGHTS / "flow"), **chosen)
+    elif part == "consistency":
+        train_consistency(folder / "consistency", teacher=known("diffusion", WEIGHTS / "diffusion"), **chosen)
     elif part == "taste":
-        own = folder / "clip"
-        train_taste(folder / "taste", own if own.is_dir() else WEIGHTS / "clip", **chosen)
-    elif part == "vlm":
-        train_vlm(folder / "vlm", **chosen)
+        train_taste(folder / "taste", known("clip", WEIGHTS / "clip"), **chosen)
     else:
-        raise ValueError(f"part: got {part!r}, expected 'vae', 'clip', 'flow', 'taste' or 'vlm'")
+        train_vlm(folder / "vlm", **chosen)

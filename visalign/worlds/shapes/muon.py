@@ -46,9 +46,10 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                updates = orthogonalise(torch.stack(nesterov)).unbind()
+                matrices = torch.stack(nesterov).flatten(2)  # a convolution's kernels are rows
+                updates = orthogonalise(matrices).view(-1, *shape).unbind()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                torch._foreach_add_(params, updates, alpha=-0.2 * max(matrices.shape[1:]) ** 0.5 * group["lr"])
 
 
 class MuonAndAdamW:
@@ -86,6 +87,7 @@ def warmup_cosine(step: int, warmup: int, progress: float) -> float:
 
 
 def hidden_matrices(module: nn.Module) -> list[Tensor]:
-    """The parameters Muon is for: matrices of linear layers, except the smallest and those that modulate norms."""
-    linear = {name: m.weight for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    return [w for name, w in linear.items() if min(w.shape) >= 64 and "norm" not in name]
+    """The parameters Muon is for: those of linear and convolutional layers, but the smallest and norms' modulation."""
+    kinds = (nn.Linear, nn.Conv2d)
+    linear = {name: m.weight for name, m in module.named_modules() if isinstance(m, kinds)}
+    return [w for name, w in linear.items() if min(w.shape[:2]) >= 64 and "norm" not in name]
