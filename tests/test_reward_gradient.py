@@ -11,6 +11,7 @@ from visalign.noising import add_noise, one_step_estimate, training_target
 from visalign.objectives import reward_gradient as rg
 from visalign.objectives import single_step as ss
 from visalign.rewards import make_reward
+from visalign.rewards.base import as_reward
 from visalign.rewards.video import segment_frames, segment_weights
 from visalign.transitions import DDIM, FlowODE, FlowSDE, Schedule, ddim, flow_sde
 from visalign.transitions.consistency import boundary_scalings
@@ -468,7 +469,7 @@ def test_frames_that_were_not_chosen_get_no_gradient():
 
     bright.differentiable = True
     videos = torch.rand(1, 16, 3, 4, 4, generator=seeded()).requires_grad_()
-    output = make_reward("segmental", reward=make_reward(bright))(videos, ["a"], {"segment_seed": 3})
+    output = make_reward("segmental", reward=as_reward(bright))(videos, ["a"], {"segment_seed": 3})
     (gradient,) = torch.autograd.grad(output.scores.sum(), videos)
     assert gradient.flatten(2).abs().sum((0, 2)).nonzero().flatten().tolist() == output.extra["frames"].tolist()
 
