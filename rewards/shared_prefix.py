@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .vlm_prompt import Prompt, Vision, left_pad
+
 if TYPE_CHECKING:
     from .vlm import VLM
-    from .vlm_prompt import Prompt, Vision
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Piece:
     parent: int = 0
 
 
-def common_length(prompts: "Sequence[Prompt]", keep: int) -> int:
+def common_length(prompts: Sequence[Prompt], keep: int) -> int:
     """How many tokens all prompts begin with, leaving at least `keep` of the shortest."""
     shortest = min(len(p.marks) for p in prompts)
     first = prompts[0].marks
@@ -45,7 +46,7 @@ def common_length(prompts: "Sequence[Prompt]", keep: int) -> int:
     return sum(1 for _ in same)
 
 
-def shared_hidden(vlm: "VLM", prompts: "Sequence[Prompt]", keep: int = 1) -> Tensor:
+def shared_hidden(vlm: "VLM", prompts: Sequence[Prompt], keep: int = 1) -> Tensor:
     """Hidden states (N, keep, D) of the last `keep` tokens of each prompt; see `VLM.hidden`."""
     vision = vlm.see([picture for prompt in prompts for picture in prompt.pictures])
     runner = _Runner(vlm, prompts, vision)
@@ -72,7 +73,7 @@ def shared_hidden(vlm: "VLM", prompts: "Sequence[Prompt]", keep: int = 1) -> Ten
     return torch.stack([found[n] for n in range(len(prompts))])
 
 
-def _branches(prompts: "Sequence[Prompt]", places: Sequence[int], trunk: int, keep: int) -> list[tuple[list[int], int]]:
+def _branches(prompts: Sequence[Prompt], places: Sequence[int], trunk: int, keep: int) -> list[tuple[list[int], int]]:
     """Groups of prompts that share enough beyond the trunk, and where what each shares ends; [] if nothing does."""
     groups: list[tuple[list[int], int]] = []
     for n in places:
@@ -89,7 +90,7 @@ def _branches(prompts: "Sequence[Prompt]", places: Sequence[int], trunk: int, ke
     return groups
 
 
-def _worth_it(shared: int, prompts: "Sequence[Prompt]", trunk: int = 0) -> bool:
+def _worth_it(shared: int, prompts: Sequence[Prompt], trunk: int = 0) -> bool:
     """Whether a pass of its own pays: at least a quarter of what is left to run."""
     return 4 * shared >= max(len(p.ids) for p in prompts) - trunk
 
@@ -97,7 +98,7 @@ def _worth_it(shared: int, prompts: "Sequence[Prompt]", trunk: int = 0) -> bool:
 class _Runner:
     """Runs pieces of prompts through the language model."""
 
-    def __init__(self, vlm: "VLM", prompts: "Sequence[Prompt]", vision: "dict[str, Vision]") -> None:
+    def __init__(self, vlm: "VLM", prompts: Sequence[Prompt], vision: dict[str, Vision]) -> None:
         self.vlm, self.prompts, self.vision = vlm, prompts, vision
         assert vlm.vision is not None
         self.sight = vlm.vision
@@ -106,8 +107,6 @@ class _Runner:
     def run(self, state: State, pieces: Sequence[Piece]) -> tuple[Tensor, State]:
         """Hidden states (len(pieces), longest, D), padded on the left, and the state with these tokens in it."""
         from transformers import DynamicCache
-
-        from .vlm_prompt import left_pad
 
         device = self.vlm.device
         ids, mask = left_pad([self.prompts[p.place].ids[p.start : p.stop] for p in pieces], 0)
