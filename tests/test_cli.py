@@ -5,6 +5,7 @@ from PIL import Image, ImageChops
 
 from visalign import cli
 from visalign.trainers.flow_grpo import Config, main
+from visalign.worlds import MODELS
 from visalign.worlds.shapes import world_prompts
 from visalign.worlds.shapes.captions import parse
 
@@ -58,7 +59,7 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["generate", "x", "--model", "none"], "visalign generate: model: got 'none', expected one of ['shapes-flow']"),
+        (["generate", "x", "--model", "none"], f"visalign generate: model: got 'none', expected one of {sorted(MODELS)}"),
         (["generate", "x", "--count", "0"], "count: got 0, expected >= 1"),
         (["generate", "x", "--lora", "none"], "lora: got 'none', which holds no .safetensors file"),
         (["generate", "x", "--out", "file"], "out: got 'file', a file, expected a folder"),
@@ -68,7 +69,7 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
         (["world", "build"], "'build' takes one of vae, clip, flow"),
         (["world", "show", "vae"], "the other actions take none"),
         (["world", "prompts", "--count", "0"], "count: got 0"),
-        (["train", "flow_grp"], "visalign train: got 'flow_grp', expected one of ['flow_grpo']"),
+        (["train", "flow_grp"], f"visalign train: got 'flow_grp', expected one of {sorted(cli.TRAINERS)}"),
         (["train", "--stps", "3"], "did you mean 'steps'?"),
         (["doctor", "--group_size", "1"], "visalign doctor: group_size: got 1"),
         (["doctor", "--prompts", "none.txt"], "visalign doctor: prompts: got 'none.txt', which does not exist"),
