@@ -59,7 +59,7 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["generate", "x", "--model", "none"], f"visalign generate: model: got 'none', expected one of {sorted(MODELS)}"),
+        (["generate", "x", "--model", "none"], f"generate: model: got 'none', expected one of {sorted(MODELS)}"),
         (["generate", "x", "--count", "0"], "count: got 0, expected >= 1"),
         (["generate", "x", "--lora", "none"], "lora: got 'none', which holds no .safetensors file"),
         (["generate", "x", "--out", "file"], "out: got 'file', a file, expected a folder"),

@@ -38,10 +38,14 @@ def test_visalign_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatc
     lines = [c for c in commands() if c.startswith("visalign ")]
     assert len(lines) >= 6
     for line in lines:
-        words = shlex.split(line)[1:]
+        words = [str(ROOT / word) if word.startswith("trainers/") else word for word in shlex.split(line)[1:]]
+        if words[0] == "serve":  # goes on for ever; tests/test_serving.py has it
+            continue
         if words[0] == "train":
             words += SMALL if "--resume" not in words else ["--steps", "2"]
-            words += [] if "--resume" in words else ["--run_dir", "runs/NAME"]
+            name = "runs/OTHER" if Path("runs/NAME").exists() else "runs/NAME"
+            shutil.rmtree("runs/OTHER", ignore_errors=True)
+            words += [] if "--resume" in words else ["--run_dir", name]
         if words[0] == "doctor":
             words += SMALL
         if words[0] == "generate":
