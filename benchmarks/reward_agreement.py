@@ -47,6 +47,7 @@ from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.panels import make_panels
 from visalign.worlds.shapes.scenes import place
 
+RECIPES = Path(__file__).resolve().parent.parent / "trainers" / "recipes" / "rewards"
 REWARDS = (
     "gold",
     "{name: gold, strict: true}",
@@ -56,10 +57,17 @@ REWARDS = (
     f"{{name: clip_i, model: {SHIPPED}}}",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "{name: vqascore, model: shapes-vlm}",
+    "{name: vlm_yes, model: shapes-vlm}",
+    "{name: prompt_echo, model: shapes-vlm}",
+    "{name: rubric, rubric: shapes, model: shapes-vlm}",
+    "{name: win_rate, judge: {name: vqascore, model: shapes-vlm}}",
+    str(RECIPES / "shapes_clip_yes.yaml"),
 )
 PANEL_REWARDS = (
     "visalign.worlds.shapes.panels:same_objects",
     f"{{name: set_consistency, rows: 1, columns: 2, model: {SHIPPED}, pretrained: null}}",
+    "{name: paco_consistency, model: shapes-vlm}",
 )
 ATTACKS = ("blank", "crowd", "noise", "text", "patch")
 GROUND = 0.7  # grey around a patch

@@ -3,7 +3,11 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
-MODELS = {"shapes-flow": WEIGHTS / "flow", "shapes-diffusion": WEIGHTS / "diffusion"}
+MODELS = {
+    "shapes-flow": WEIGHTS / "flow",
+    "shapes-diffusion": WEIGHTS / "diffusion",
+    "shapes-consistency": WEIGHTS / "consistency",
+}
 PARTS = ("vae", "clip", "flow", "diffusion", "consistency", "taste", "vlm")  # what `visalign world build` trains
 JUDGES = {"shapes-vlm": WEIGHTS / "vlm"}  # vision-language models, for the rewards that ask one
 
