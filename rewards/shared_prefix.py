@@ -5,9 +5,9 @@ share further (many questions on one picture); then the rest, in batches, on top
 token keeps the position it has in its whole prompt, so the result is that of whole prompts up to rounding.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +40,9 @@ class Piece:
 
 def common_length(prompts: Sequence[Prompt], keep: int) -> int:
     """How many tokens all prompts begin with, leaving at least `keep` of the shortest."""
-    shortest = min(len(p.marks) for p in prompts)
+    most = max(0, min(len(p.marks) for p in prompts) - keep)
     first = prompts[0].marks
-    same = takewhile(lambda t: all(p.marks[t] == first[t] for p in prompts), range(max(0, shortest - keep)))
-    return sum(1 for _ in same)
+    return bisect_left(range(1, most + 1), True, key=lambda t: any(p.marks[:t] != first[:t] for p in prompts))
 
 
 def shared_hidden(vlm: "VLM", prompts: Sequence[Prompt], keep: int = 1) -> Tensor:
@@ -102,7 +101,12 @@ class _Runner:
         self.vlm, self.prompts, self.vision = vlm, prompts, vision
         assert vlm.vision is not None
         self.sight = vlm.vision
-        self.positions = [vlm.positions(prompt) for prompt in prompts]
+        known: dict[Any, Tensor] = {}  # prompts of a call often differ in pictures of one size alone
+        forms = [(prompt.ids, tuple(picture.pixels.shape for picture in prompt.pictures)) for prompt in prompts]
+        for form, prompt in zip(forms, prompts):
+            if form not in known:
+                known[form] = vlm.positions(prompt)
+        self.positions = [known[form] for form in forms]
 
     def run(self, state: State, pieces: Sequence[Piece]) -> tuple[Tensor, State]:
         """Hidden states (len(pieces), longest, D), padded on the left, and the state with these tokens in it."""

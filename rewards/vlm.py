@@ -121,22 +121,34 @@ class VLM:
         return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
-        """Conversations as tokens; a picture that several hold is hashed once."""
+        """Conversations as tokens; a picture that several hold is hashed once, words that several hold are cut once."""
         keys: dict[int, str] = {}
-        return [self.prompt(conversation, keys=keys) for conversation in conversations]
+        words: dict[Any, tuple[str, tuple[int, ...]]] = {}
+        return [self.prompt(conversation, keys=keys, words=words) for conversation in conversations]
 
     def prompt(
-        self, conversation: Sequence[Message], generation_prompt: bool = True, keys: dict[int, str] | None = None
+        self,
+        conversation: Sequence[Message],
+        generation_prompt: bool = True,
+        keys: dict[int, str] | None = None,
+        words: dict[Any, tuple[str, tuple[int, ...]]] | None = None,
     ) -> Prompt:
-        """A conversation as tokens; pictures are not looked at yet. `keys` holds those of pictures by id."""
-        text = self.render(conversation, generation_prompt)
+        """A conversation as tokens; pictures are not looked at yet.
+
+        `keys` holds those of pictures by id, `words` texts and their ids by what conversations say.
+        """
+        said = tuple((m.role, *(p if isinstance(p, str) else p.ndim for p in m.parts)) for m in conversation)
+        words = {} if words is None else words
+        if said not in words:
+            text = self.render(conversation, generation_prompt)
+            words[said] = text, tuple(self.tokenizer(text, add_special_tokens=not self.differentiable)["input_ids"])
+        text, ids = words[said]
         pixels = [part for m in conversation for part in m.parts if isinstance(part, Tensor)]
         for part in pixels:
             self._check_part(part)
         self._follow(pixels)
         keys = {} if keys is None else keys
         pictures = tuple(Picture(p, keys.get(id(p)) or keys.setdefault(id(p), picture_key(p))) for p in pixels)
-        ids = tuple(self.tokenizer(text, add_special_tokens=not self.differentiable)["input_ids"])
         if self.vision is None:  # its processor will put the pictures in; nothing is shared by marks
             return Prompt(text, ids, ids, pictures)
         return self.vision.with_places(text, ids, pictures)
