@@ -47,19 +47,15 @@ def finish(
     plan: Plan,
     parts: Parts,
     after: Evaluation,
-    values: dict[str, Tensor] | None = None,
+    values: dict[str, Tensor],
 ) -> None:
-    """The LoRA, summary.json, report.html, and the last lines on the screen. Main process only.
-
-    `values` are the weights to export; None: the average.
-    """
+    """The weights `values`, summary.json, report.html, and the last lines on the screen. Main process only."""
     assert parts.before is not None
     say_evaluation(run, after, "after")
     run.log(parts.step, evaluation_values(after))
     if not run.main:
         return
-    exported = parts.average.values if values is None else values
-    parts.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", exported)
+    parts.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", values)
     summary: dict[str, Any] = {}
     for name, before in parts.before.scores.items():
         summary |= {
