@@ -21,18 +21,16 @@ import torch
 from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_advantages
-from visalign.objectives.policy_gradient import clipped_loss, kl_penalty, ppo_stats
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_loss, kl_penalty, ppo_stats
 from visalign.objectives.rebel import rebel_loss, rebel_weights
 from visalign.prompt_statistics import PromptStatistics, normalised
 from visalign.rollout import Trajectory, recompute, rollout, step_log_prob
 from visalign.seeds import derived_seed
 from visalign.training import options, outcome, preflight
-from visalign.training.batches import Batch, Scoring, cut
-from visalign.training.config import parse_config
+from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group, iteration_groups
-from visalign.training.learning import add_gradients, add_sums
-from visalign.training.optimization import mean_over_processes
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients, add_sums
 from visalign.transitions import DDIM, Consistency, Transition
 
 KINDS = ("diffusion", "consistency")
@@ -121,7 +119,6 @@ class DDPO:
             raise ValueError(
                 f"reward: got {cfg.reward!r}, which scores sets or gives advantages, expected a score for each sample"
             )
-        self.scoring = Scoring(self.run, scorer, course.accelerator)
         self.tracker: PromptStatistics | None = None
         if cfg.statistics == "prompt":
             self.tracker = PromptStatistics(cfg.buffer_size or 16, cfg.buffer_min)
@@ -136,13 +133,13 @@ class DDPO:
                     self.generator, some.prompts, some.seeds, self.transition, grad_mode=self.cfg.compile
                 )
             batches.append(Batch(trajectory, some.ids))
-            self.scoring.add(batches[-1])
-        self.scoring.flush()
+            self.course.scoring.add(batches[-1])
+        self.course.scoring.flush()
         return batches
 
     def assign_advantages(self, batches: list[Batch], groups: Sequence[Group]) -> dict[str, float]:
         """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
-        scores, extra = self.scoring.collect(batches), {}
+        scores, extra = self.course.scoring.collect(batches), {}
         if self.tracker is not None:
             prompts = [groups[index].prompt for index in scores.ids.tolist()]
             advantages = self.tracker.advantages(prompts, scores.rewards, scores.valid)
@@ -239,20 +236,16 @@ class DDPO:
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, sums, norms = self.cfg, dict[str, Tensor](), []
-        total = cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size  # samples an update, on all processes
+        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        steps = self.steps_to_train(step, shares[0][0].trajectory.steps)  # all batches have recorded the same
+        scale = 1 / (cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size * len(steps))
         for share in shares * cfg.inner_epochs:
             with self.run.stage("train"):
                 for batch in share:
-                    steps = self.steps_to_train(step, batch.trajectory.steps)
-                    add_sums(sums, self.backward(batch, steps, 1 / (total * len(steps))))
-                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
-        names = ["ratio_mean", "approx_kl"] + ["kl"] * (cfg.kl_weight > 0)
-        clips = ["clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        names += ["rebel_loss"] if cfg.objective == "rebel" else clips
-        values = mean_over_processes(self.course.accelerator, sums, names)
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        return {**values, "grad_norm": norm, "skipped_updates": self.parts.skipped}
+                    updates.add(self.backward(batch, steps, scale))
+                updates.apply()
+        names = ("ratio_mean", "approx_kl", "rebel_loss") if cfg.objective == "rebel" else CLIPPED_STATS
+        return updates.values([*names, *["kl"] * (cfg.kl_weight > 0)])
 
 
 def main(cfg: Config) -> Path:
@@ -261,9 +254,8 @@ def main(cfg: Config) -> Path:
     with open_course(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as course:
         trainer = DDPO(course)
         for step in course.steps():
-            groups = iteration_groups(plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed)
-            # Sample and score: in the shares of the updates.
-            shares = [trainer.sample(mine) for mine in course.groups(groups, cfg.updates_per_step)]
+            groups, mine = course.groups(step, cfg.group_size, cfg.updates_per_step)
+            shares = [trainer.sample(share) for share in mine]  # and scored, in the shares of the updates
             drawn = [batch for share in shares for batch in share]
             values = trainer.assign_advantages(drawn, groups)
             values |= trainer.update(step, shares)
@@ -272,8 +264,7 @@ def main(cfg: Config) -> Path:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="ddpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "ddpo")
+    outcome.launch(main, Config, argv, "ddpo", __doc__)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ rather than std + 1e-4; the KL is the true one unless `--kl_type flow_grpo`; the
 and step alone, so results do not depend on the number of processes.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,16 +17,21 @@ import torch
 from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_advantages
-from visalign.objectives.policy_gradient import StepWeight, clipped_loss, kl_penalty, ratio_norm_log_ratio, step_weights
+from visalign.objectives.policy_gradient import (
+    CLIPPED_STATS,
+    StepWeight,
+    clipped_loss,
+    kl_penalty,
+    ratio_norm_log_ratio,
+    step_weights,
+)
 from visalign.rollout import Solver, Trajectory, recompute, rollout
 from visalign.seeds import derived_seed
 from visalign.training import options, outcome, preflight
-from visalign.training.batches import Batch, Scoring, cut
-from visalign.training.config import parse_config
+from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group, iteration_groups
-from visalign.training.learning import add_gradients, add_sums
-from visalign.training.optimization import mean_over_processes
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import make_transition
 from visalign.windows import flash_post_steps, make_window, trained_steps
 
@@ -148,7 +152,6 @@ class FlowGRPO:
                 f"reward: got {cfg.reward!r}, which scores all samples as one set, on "
                 f"{course.accelerator.num_processes} processes, expected 1"
             )
-        self.scoring = Scoring(self.run, self.scorer, course.accelerator)
 
     def sample(self, step: int, groups: list[Group]) -> list[Batch]:
         """Images of some groups, in micro-batches, with the stochastic steps on record; handed on to the reward."""
@@ -170,13 +173,13 @@ class FlowGRPO:
                     grad_mode=cfg.compile,
                 )
             batches.append(Batch(trajectory, some.ids))
-            self.scoring.add(batches[-1])
-        self.scoring.flush()
+            self.course.scoring.add(batches[-1])
+        self.course.scoring.flush()
         return batches
 
     def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
         """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
-        scores = self.scoring.collect(batches)
+        scores = self.course.scoring.collect(batches)
         if self.scorer.gives == "scores":
             advantages = group_advantages(scores.rewards, scores.ids, std=self.cfg.advantage_std)
         else:
@@ -242,18 +245,15 @@ class FlowGRPO:
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, sums, norms = self.cfg, dict[str, Tensor](), []
+        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
         total = cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size  # samples an update, on all processes
         for share in shares * cfg.inner_epochs:
             with self.run.stage("train"):
                 for batch in share:
                     steps = self.steps_to_train(step, batch.trajectory.steps)
-                    add_sums(sums, self.backward(batch, steps, 1 / (total * len(steps))))
-                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
-        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        means = mean_over_processes(self.course.accelerator, sums, names + ["kl"] * (cfg.kl_weight > 0))
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
+                    updates.add(self.backward(batch, steps, 1 / (total * len(steps))))
+                updates.apply()
+        return updates.values([*CLIPPED_STATS, *["kl"] * (cfg.kl_weight > 0)])
 
 
 def main(cfg: Config) -> Path:
@@ -262,11 +262,8 @@ def main(cfg: Config) -> Path:
     with open_course(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as course:
         trainer = FlowGRPO(course)
         for step in course.steps():
-            groups = iteration_groups(
-                plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
-            )
-            # Sample and score: in the shares of the updates.
-            shares = [trainer.sample(step, mine) for mine in course.groups(groups, cfg.updates_per_step)]
+            groups, mine = course.groups(step, cfg.group_size, cfg.updates_per_step, cfg.same_latents)
+            shares = [trainer.sample(step, share) for share in mine]  # and scored, in the shares of the updates
             drawn = [batch for share in shares for batch in share]
             values = trainer.assign_advantages(drawn)
             values |= trainer.update(step, shares)
@@ -275,8 +272,7 @@ def main(cfg: Config) -> Path:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="flow_grpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "flow_grpo")
+    outcome.launch(main, Config, argv, "flow_grpo", __doc__)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,8 @@ from visalign.training.backprop_parts import (
     prepare_memory,
     shown_to,
 )
-from visalign.training.config import parse_config
 from visalign.training.course import Course, open_course
-from visalign.training.data import Group, iteration_groups
+from visalign.training.data import Group
 from visalign.training.gradients import check_differentiable
 from visalign.training.pictures import DrawnShapes, PictureFolder, open_pictures
 from visalign.transitions import ddim
@@ -350,16 +349,14 @@ def main(cfg: Config) -> Path:
         course.scale, course.patience = cfg.lora_scale, cfg.early_stop
         course.extras = evaluation_extras(cfg, trainer.generator, pictures)
         for step in course.steps():
-            groups = iteration_groups(plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed)
-            (mine,) = course.groups(groups)
+            groups, (mine,) = course.groups(step, cfg.group_size)
             values, learnt = trainer.update(step, mine)
             course.end_step(values, learnt.shown, *trainer.seen, len(groups) * cfg.group_size)
     return plan.folder
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="reward_backprop", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "reward_backprop")
+    outcome.launch(main, Config, argv, "reward_backprop", __doc__)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ of its leaves become advantages of its edges, the stochastic steps:
 Departures: no KL term, as in the sources; the latents are kept in float32.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,15 +30,12 @@ from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_advantages
 from visalign.branching import Fork, Tree, branched_rollout
-from visalign.objectives.policy_gradient import clipped_surrogate, step_weights
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, step_weights
 from visalign.process_values import turning_point_rewards
 from visalign.training import options, outcome, preflight
-from visalign.training.batches import Scoring
-from visalign.training.config import parse_config
 from visalign.training.course import Course, open_course
-from visalign.training.data import Group, iteration_groups
-from visalign.training.learning import add_gradients, add_sums
-from visalign.training.optimization import mean_over_processes
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients, add_sums
 from visalign.transitions import make_transition
 from visalign.tree_advantages import (
     depth_advantages,
@@ -173,7 +169,6 @@ class TreeGRPO:
         self.cfg.check_kind(self.schedule.kind)
         if self.scorer.one_set and course.accelerator.num_processes > 1:
             raise ValueError(f"reward: got {self.cfg.reward!r}, which scores samples as one set, expected 1 process")
-        self.scoring = Scoring(self.run, self.scorer, course.accelerator)
         self.stds = [self.transition.std(self.schedule, i) for i in range(self.cfg.num_steps)]
         weighted = self.cfg.method == "tempflow" and self.cfg.of("noise_weight")
         self.step_weights = step_weights("tempflow" if weighted else "none", self.stds, self.schedule.levels)
@@ -217,7 +212,7 @@ class TreeGRPO:
         """Advantages of the edges, from the leaves' rewards; `groups` are of all processes. Returns what to log."""
         tree, images = branches.tree, branches.tree.images
         assert images is not None
-        gathered = self.scoring.score(images, tree.leaf_prompts, branches.group_ids, self.cfg.batch_size)
+        gathered = self.course.scoring.score(images, tree.leaf_prompts, branches.group_ids, self.cfg.batch_size)
         rewards = self.scorer.combine(gathered.shaped, gathered.ids)
         if self.cfg.method == "b2_diffurl":
             rewards = self.history_scores(step, rewards, gathered.ids, groups)
@@ -347,18 +342,15 @@ class TreeGRPO:
 
     def update(self, step: int, branches: Branches) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, device, norms = self.cfg, self.course.accelerator.device, []
+        cfg, accelerator = self.cfg, self.course.accelerator
         count = sum(int(a.ne(0).sum()) if cfg.method == "b2_diffurl" else len(a) for a in branches.advantages.values())
-        edges = int(self.course.accelerator.reduce(torch.tensor(count, device=device), "sum"))
-        sums: dict[str, Tensor] = {}
+        edges = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+        updates = Updates(self.parts, accelerator, step)
         for _ in range(cfg.inner_epochs if edges else 0):  # where nothing is kept, no update is made
             with self.run.stage("train"):
-                add_sums(sums, self.backward(branches, 1 / edges))
-                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
-        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        means = mean_over_processes(self.course.accelerator, sums, names)
-        return {**means, "grad_norm": norm, "trained_edges": edges, "skipped_updates": self.parts.skipped}
+                updates.add(self.backward(branches, 1 / edges))
+                updates.apply()
+        return updates.values(CLIPPED_STATS) | {"trained_edges": edges}
 
 
 def main(cfg: Config) -> Path:
@@ -369,8 +361,7 @@ def main(cfg: Config) -> Path:
     with open_course(cfg, plan, cfg.prompts_per_step) as course:
         trainer = TreeGRPO(course)
         for step in course.steps():
-            groups = iteration_groups(plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
-            (mine,) = course.groups(groups)
+            groups, (mine,) = course.groups(step, trees)
             branches = trainer.sample(step, mine)
             values = trainer.assign_advantages(step, branches, groups)
             values |= trainer.update(step, branches)
@@ -386,8 +377,7 @@ def main(cfg: Config) -> Path:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="tree_grpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "tree_grpo")
+    outcome.launch(main, Config, argv, "tree_grpo", __doc__)
 
 
 if __name__ == "__main__":

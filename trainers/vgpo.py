@@ -14,7 +14,6 @@ rewards that go below 0 are shifted by their running minimum, weights are clampe
 after they are weighted.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,16 +22,14 @@ import torch
 from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_statistics
-from visalign.objectives.policy_gradient import clipped_surrogate, kl_penalty
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
 from visalign.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
 from visalign.rollout import Trajectory, recompute, rollout
 from visalign.training import options, outcome, preflight
-from visalign.training.batches import Batch, Scoring, cut
-from visalign.training.config import parse_config
+from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group, iteration_groups
-from visalign.training.learning import add_gradients, add_sums
-from visalign.training.optimization import mean_over_processes
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import make_transition
 from visalign.windows import trained_steps
 
@@ -113,9 +110,7 @@ class VGPO:
                 "each (or each within its group): VGPO compares steps, too"
             )
         stochastic = [i for i in range(self.cfg.num_steps) if self.transition.std(self.schedule, i) > 0]
-        self.stochastic = stochastic
         self.trained = trained_steps(stochastic, self.cfg.timestep_fraction)
-        self.scoring = Scoring(self.run, self.scorer, course.accelerator)
 
     def sample(self, groups: list[Group]) -> list[Batch]:
         """Images of some groups and of the projection after each step, in micro-batches; handed on to the reward."""
@@ -127,7 +122,6 @@ class VGPO:
                     some.prompts,
                     some.seeds,
                     self.transition,
-                    sde_steps=self.stochastic,
                     noise_seeds=some.noise_seeds,
                     store_denoised=True,
                     grad_mode=self.cfg.compile,
@@ -135,8 +129,8 @@ class VGPO:
             with self.run.stage("project"):
                 images = torch.cat(self.project(trajectory))
             batches.append(Batch(trajectory, self.ids(some.ids), images))
-            self.scoring.add(batches[-1])
-        self.scoring.flush()
+            self.course.scoring.add(batches[-1])
+        self.course.scoring.flush()
         return batches
 
     @torch.no_grad()
@@ -156,7 +150,7 @@ class VGPO:
     def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
         """Each step's advantages (T * N,), from the rewards of all processes; returns what to log."""
         cfg, count = self.cfg, self.cfg.num_steps
-        all_ = self.scoring.collect(batches)
+        all_ = self.course.scoring.collect(batches)
         rewards, valid = (v.view(count, -1) for v in (all_.rewards, all_.valid))  # step by step, group by group
         group_ids = all_.ids.view(count, -1)[0]
         if cfg.negative_rewards == "refuse" and bool((rewards < 0).any()):
@@ -224,18 +218,14 @@ class VGPO:
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, norms = self.cfg, []
-        sums: dict[str, Tensor] = {}
+        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
         for _ in range(cfg.inner_epochs):
             with self.run.stage("train"):
                 for batch in batches:
-                    scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
-                    add_sums(sums, self.backward(batch, scale))
-                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
-        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        means = mean_over_processes(self.course.accelerator, sums, names + (["kl"] if cfg.kl_weight else []))
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
+                    updates.add(self.backward(batch, scale))
+                updates.apply()
+        return updates.values([*CLIPPED_STATS, *["kl"] * (cfg.kl_weight > 0)])
 
 
 def main(cfg: Config) -> Path:
@@ -244,10 +234,7 @@ def main(cfg: Config) -> Path:
     with open_course(cfg, plan, cfg.prompts_per_step) as course:
         trainer = VGPO(course)
         for step in course.steps():
-            groups = iteration_groups(
-                plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
-            )
-            (mine,) = course.groups(groups)
+            groups, (mine,) = course.groups(step, cfg.group_size, same_latents=cfg.same_latents)
             batches = trainer.sample(mine)
             values = trainer.assign_advantages(batches)
             values |= trainer.update(step, batches)
@@ -256,8 +243,7 @@ def main(cfg: Config) -> Path:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="vgpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "vgpo")
+    outcome.launch(main, Config, argv, "vgpo", __doc__)
 
 
 if __name__ == "__main__":

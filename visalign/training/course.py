@@ -21,9 +21,9 @@ from torch import Tensor
 from visalign.generator import Generator
 
 from . import outcome, preflight, setup
-from .batches import Batch
+from .batches import Batch, Scoring
 from .config import save_config
-from .data import Group, share_of
+from .data import Group, iteration_groups, share_of
 from .evaluate import Evaluation, Extras
 from .policy import scaled_change
 from .run import WATCH, Run
@@ -34,6 +34,7 @@ class Course:
     """One process's part in a training.
 
     Attributes:
+        scoring: hands pictures to the reward, and gathers the scores of all processes.
         scale: of the averaged weights, LoRA or difference to the start, where they are evaluated and exported.
         extras: (rows, prompts) of some held-out prompts to the pipeline's inputs and the rewards' context, if any.
         patience: evaluations under way without a better one after which training ends at the best; 0: it does not.
@@ -41,6 +42,7 @@ class Course:
 
     def __init__(self, cfg: Any, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
         self.cfg, self.plan, self.accelerator, self.parts, self.run = cfg, plan, accelerator, parts, run
+        self.scoring = Scoring(run, parts.scorer, accelerator)
         self.scale, self.patience = 1.0, 0
         self.extras: Extras | None = None
         self._started = 0.0
@@ -69,11 +71,15 @@ class Course:
                     roll_back(run, parts)
                 outcome.finish(run, cfg, self.plan, parts, self._evaluate(), self._weights())
 
-    def groups(self, groups: Sequence[Group], updates: int = 1) -> list[list[Group]]:
-        """This process's groups of each update; the processes share each update's, whole groups each."""
-        size, accelerator = len(groups) // updates, self.accelerator
-        shares = [groups[k : k + size] for k in range(0, len(groups), size)]
-        return [share_of(share, accelerator.process_index, accelerator.num_processes) for share in shares]
+    def groups(
+        self, step: int, size: int, updates: int = 1, same_latents: bool = False
+    ) -> tuple[list[Group], list[list[Group]]]:
+        """The groups of an iteration, `size` samples each, and of each update's this process's share: whole groups."""
+        cfg, accelerator = self.cfg, self.accelerator
+        groups = iteration_groups(self.plan.prompts, step, cfg.prompts_per_step, size, cfg.seed, same_latents)
+        count = len(groups) // updates
+        shares = [groups[k : k + count] for k in range(0, len(groups), count)]
+        return groups, [share_of(share, accelerator.process_index, accelerator.num_processes) for share in shares]
 
     def _weights(self) -> dict[str, Tensor]:
         return scaled_change(self.parts.policy, self.parts.average.values, self.scale)

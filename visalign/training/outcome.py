@@ -2,16 +2,19 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .config import parse_config
 from .evaluate import Evaluation, paired_interval
 from .options import CommonConfig
 from .preflight import Plan
 from .report import write_report, write_summary
 from .run import Run, peak_memory
 from .setup import Parts
+
+C = TypeVar("C")
 
 
 def announce(run: Run, cfg: CommonConfig, plan: Plan, parts: Parts) -> None:
@@ -85,10 +88,14 @@ def finish(
     run.say(f"trained {parts.train_seconds:.0f} s on {parts.images_sampled} images; look at {report}")
 
 
-def run_or_say(train: Callable[[], Any], prog: str) -> None:
-    """Run a trainer's main; a mistake, or a failed reward, ends with one line on stderr and exit status 2."""
+def launch(train: Callable[[C], Any], config: type[C], argv: list[str] | None, prog: str, text: str | None) -> None:
+    """A trainer's command line: its options, then the training. The first paragraph of `text` describes it.
+
+    A mistake, or a failed reward, ends with one line on stderr and exit status 2.
+    """
+    cfg = parse_config(config, argv, prog=prog, description=(text or "").split("\n\n")[0])
     try:
-        train()
+        train(cfg)
     except (ValueError, OSError) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
