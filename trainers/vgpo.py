@@ -161,7 +161,8 @@ class VGPO:
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
         advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std)
-        advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage) * valid.all(0)  # 0: failed
+        advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage)
+        advantages = advantages * valid.all(0).double()  # 0: failed
         all_.assign(batches, advantages.flatten())
         groups = group_statistics(values.mean(0), group_ids)
         lowest = self.parts.extra["reward_minimum"]
