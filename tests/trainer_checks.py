@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,29 +72,38 @@ def refused(module: ModuleType, argv: list[str], monkeypatch, capsys) -> str:
 
 def run_on_two_processes(runs: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> Path:
     """Run trainers, by name (module, options), by two processes: folder / name, and the scores in name.scores."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command, started = [sys.executable, __file__, str(folder)], []
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in runs]  # one each: they are not given back at once
+    ports = [server.getsockname()[1] for server in free]
+    for server in free:
+        server.close()
+    (folder / "runs.json").write_text(
+        json.dumps([(name, *run, port) for (name, run), port in zip(runs.items(), ports)])
+    )
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    started = []
     for rank in ("0", "1"):
-        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}
+        with open(folder / f"errors-{rank}", "w") as errors:
+            started.append(subprocess.Popen([sys.executable, __file__, str(folder)], env=environment, stderr=errors))
     try:
-        for process in started:
-            error = process.communicate(timeout=500)[1]
-            assert process.returncode == 0, error[-3000:]
+        ends = time.monotonic() + 500
+        while any(process.poll() is None for process in started) and time.monotonic() < ends:
+            if any(process.poll() for process in started):  # the other would wait for it
+                break
+            time.sleep(0.2)
+        said = "\n".join((folder / f"errors-{rank}").read_text()[-3000:] for rank in (0, 1))
+        assert [process.poll() for process in started] == [0, 0], said
     finally:
         for process in started:
             process.kill()
+            process.wait()
     return folder
 
 
 def run_all(folder: Path) -> None:
     """One process's part in `run_on_two_processes`."""
-    for name, (module, options) in json.loads((folder / "runs.json").read_text()).items():
-        os.environ["TEST_SCORES"] = str(folder / f"{name}.scores")
+    for name, module, options, port in json.loads((folder / "runs.json").read_text()):
+        os.environ |= {"TEST_SCORES": str(folder / f"{name}.scores"), "MASTER_PORT": str(port)}
         trainer = importlib.import_module(module)
         told = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         trainer.main(trainer.Config(**told, run_dir=str(folder / name)))
