@@ -100,11 +100,11 @@ class VGPO:
 
     def __init__(self, course: Course):
         self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        self.generator, self.scorer = self.parts.generator, self.parts.scorer
+        self.generator, scorer = self.parts.generator, self.parts.scorer
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
         self.schedule = self.generator.schedule
         preflight.check_kind(self.cfg.model, self.schedule.kind, KINDS)
-        if self.scorer.one_set or self.scorer.gives != "scores":
+        if scorer.one_set or scorer.gives != "scores":
             raise ValueError(
                 f"reward: got {self.cfg.reward!r}, which has no value for a sample by itself, expected one that scores "
                 "each (or each within its group): VGPO compares steps, too"
