@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-import signal
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import diffusers as df
 import pytest
 import tiny_pipelines as tiny
 import torch
+import trainer_checks
 from accelerate import Accelerator
 from PIL import Image
 
@@ -23,10 +22,10 @@ from visalign.rewards import make_reward
 from visalign.rewards.base import as_reward, reward_factory
 from visalign.trainers import reward_backprop
 from visalign.trainers.reward_backprop import Config, RewardBackprop, main
-from visalign.training import backprop_options, backprop_parts, options, outcome, preflight, session, setup
+from visalign.training import backprop_options, backprop_parts, course, options, outcome, preflight, setup
 from visalign.training.backprop_parts import Learnt, batches
-from visalign.training.checkpoint import load_checkpoint
 from visalign.training.config import parse_config
+from visalign.training.course import Course
 from visalign.training.data import iteration_groups
 from visalign.training.pictures import DrawnShapes, PictureFolder
 from visalign.training.policy import scaled_change
@@ -93,7 +92,8 @@ class Bench:
         cfg = replace(self.cfg, **changes)
         scorer = Scorer(make_reward(cfg.reward), torch.device("cpu"))
         pictures = DrawnShapes() if cfg.data else None
-        return RewardBackprop(cfg, self.accelerator, self.run, replace(self.parts, scorer=scorer), pictures)
+        parts = replace(self.parts, scorer=scorer)
+        return RewardBackprop(Course(cfg, self.plan, self.accelerator, parts, self.run), pictures)
 
     def groups(self, trainer, step=0):
         cfg = trainer.cfg
@@ -393,12 +393,9 @@ def refused(base, monkeypatch, capsys, tmp_path):
     """Run the command line where it must fail before loading; returns the line."""
 
     def run(**changes):
-        monkeypatch.setattr(Generator, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
         given = {**base, "run_dir": str(tmp_path / "run"), **changes}
-        with pytest.raises(SystemExit) as caught:
-            reward_backprop.cli([f"--{k}={v}" for k, v in given.items() if v is not None])
-        error = capsys.readouterr().err
-        assert caught.value.code == 2 and error.startswith("reward_backprop: ") and error.count("\n") == 1
+        argv = [f"--{k}={v}" for k, v in given.items() if v is not None]
+        error = trainer_checks.refused(reward_backprop, argv, monkeypatch, capsys)
         assert not (tmp_path / "run").exists()
         return error
 
@@ -607,37 +604,6 @@ def test_distilling_without_a_reward_is_plain_distilling(base, bright, models, t
     bench.run.close()
 
 
-def test_a_run_stopped_and_resumed_equals_the_unbroken_one(base, bright, tmp_path, monkeypatch):
-    given = {**base, "reward": bright, "method": "alignprop", "steps": 3, "eval_every": 1, "monitor": "warn", "keep": 9}
-    whole = main(Config(**given, run_dir=str(tmp_path / "whole")))
-    update = RewardBackprop.update
-
-    def stopped(self, step, groups):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, step, groups)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RewardBackprop, "update", stopped)
-        folder = main(Config(**given, run_dir=str(tmp_path / "run")))
-    assert not (folder / "summary.json").exists()
-    main(Config(**given, run_dir=str(folder), resume=str(folder)))
-    (one, state), (other, others) = (load_checkpoint(r / "checkpoints" / "step-3") for r in (whole, folder))
-    for name in one:
-        assert all(torch.equal(one[name][k], other[name][k]) for k in one[name]), name
-    assert all(state[k] == others[k] for k in set(state) - {"train_seconds", "config"})
-    lines = [
-        [
-            {k: v for k, v in x.items() if "seconds" not in k and "memory" not in k}
-            for x in read_metrics(r / "metrics.jsonl")
-        ]
-        for r in (whole, folder)
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) == 5 and lines[0][1]["saturated"] is not None
-    with pytest.raises(ValueError, match="^method: got 'refl', expected 'alignprop', as in the run that is resumed"):
-        main(Config(**{**given, "method": "refl"}, run_dir=str(folder), resume=str(folder)))
-
-
 def test_an_early_stop_ends_at_the_best_step_and_scale_0_is_the_base(base, bright, tmp_path, monkeypatch):
     given = {
         **base,
@@ -684,7 +650,7 @@ def test_there_is_a_recipe_of_every_method():
 
 def test_every_option_is_read():
     used = set()
-    modules = (reward_backprop, backprop_parts, session, options, preflight, setup, outcome)
+    modules = (reward_backprop, backprop_parts, course, options, preflight, setup, outcome)
     for module in modules:
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.Attribute) and "cfg" in (getattr(node.value, n, "") for n in ("id", "attr")):

@@ -11,7 +11,7 @@ import pytest
 
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config
-from visalign.training import doctor, options, outcome, preflight, setup
+from visalign.training import course, doctor, options, outcome, preflight, setup
 from visalign.training.config import parse_config, save_config
 
 
@@ -134,7 +134,7 @@ def test_recipes_are_valid(recipe):
 
 def test_every_option_is_read_by_the_trainer():
     used = set()
-    for module in (flow_grpo, options, preflight, setup, outcome, doctor):
+    for module in (flow_grpo, course, options, preflight, setup, outcome, doctor):
         tree = ast.parse(Path(module.__file__).read_text())
         checks = [
             n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("__post_init__", "_check_window")

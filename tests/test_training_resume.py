@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainer_checks import assert_equal_runs, lines, stop_in_step
 
 from visalign.generator import Generator
-from visalign.trainers import flow_grpo
-from visalign.trainers.flow_grpo import Config, main
+from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.run import read_metrics
 
@@ -28,43 +28,6 @@ def unbroken(options, tmp_path_factory):
 
 def config(options, folder: Path, **changes) -> Config:
     return Config(**{**options, **EVERY, "run_dir": str(folder), **changes})
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    """Send SIGTERM in the middle of a step."""
-    update = flow_grpo.FlowGRPO.update
-
-    def stopped(self, at, shares):
-        if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, at, shares)
-
-    monkeypatch.setattr(flow_grpo.FlowGRPO, "update", stopped)
-
-
-def lines(folder: Path) -> list[dict]:
-    """metrics.jsonl without what the clock and the machine put into it."""
-    kept = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert kept
-    return [
-        {k: v for k, v in line.items() if not k.startswith("seconds") and k != "peak_memory_bytes"}
-        for line in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    (values, state), (others, other_state) = (load_checkpoint(r / "checkpoints" / "step-4") for r in (one, other))
-    assert values.keys() == others.keys() == {"trained", "ema", "optimizer", "before"}
-    for name in values:
-        assert values[name].keys() == others[name].keys()
-        assert all(torch.equal(values[name][k], others[name][k]) for k in values[name]), name
-    for key in set(state) - {"train_seconds", "config"}:
-        assert state[key] == other_state[key], key
-    assert lines(one) == lines(other)
-    summaries = [json.loads((r / "summary.json").read_text()) for r in (one, other)]
-    for summary in summaries:
-        del summary["train_seconds"], summary["peak_memory_bytes"]
-    assert summaries[0] == summaries[1]
 
 
 def test_the_run_moved_its_weights_and_wrote_all_it_should(unbroken):
@@ -85,19 +48,18 @@ def test_the_run_moved_its_weights_and_wrote_all_it_should(unbroken):
     assert (summary["num_prompts"], summary["images_sampled"]) == (4, 4 * 4)
 
 
-@pytest.mark.parametrize("step", [0, 1])
-def test_stopped_by_a_signal_and_resumed_equals_unbroken(options, unbroken, tmp_path, monkeypatch, step):
+def test_stopped_by_a_signal_and_resumed_equals_unbroken(options, unbroken, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at(patch, step)
+        stop_in_step(patch, FlowGRPO, 1)
         folder = main(config(options, tmp_path / "run"))
-    assert [line["step"] for line in lines(folder)] == list(range(step + 2)), "the step under way is finished and kept"
+    assert [line["step"] for line in lines(folder)] == [0, 1, 2], "the step under way is finished and kept"
     assert not (folder / "summary.json").exists()
-    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))))
+    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))), 4)
 
 
 def test_a_finished_run_extended_equals_unbroken(options, unbroken, tmp_path):
     folder = main(config(options, tmp_path / "run", steps=2))
-    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))))
+    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))), 4)
 
 
 def test_resumed_from_an_earlier_checkpoint_the_later_branch_is_gone_and_the_end_is_equal(options, unbroken, tmp_path):
@@ -106,7 +68,7 @@ def test_resumed_from_an_earlier_checkpoint_the_later_branch_is_gone_and_the_end
     (folder / "checkpoints" / "step-7").mkdir()
     shutil.copy(folder / "checkpoints" / "step-4" / "state.json", folder / "checkpoints" / "step-7")
     main(config(options, folder, resume=str(folder / "checkpoints" / "step-3")))
-    assert_equal_runs(unbroken, folder)
+    assert_equal_runs(unbroken, folder, 4)
     assert not (folder / "checkpoints" / "step-7").exists()
 
 
@@ -125,7 +87,7 @@ def test_killed_in_mid_step_and_resumed_equals_unbroken(options, unbroken, tmp_p
     (folder / "checkpoints" / ".partial-3-1" / "trained.safetensors").write_bytes(b"half")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "reward_mean": 0.1}\n{"step": 3, "rew')
-    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))))
+    assert_equal_runs(unbroken, main(config(options, folder, resume=str(folder))), 4)
     assert not list((folder / "checkpoints").glob(".partial*"))
 
 
@@ -138,7 +100,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(options, unbro
     assert [line["step"] for line in lines(folder)] == [0]
     with pytest.raises(ValueError, match="starts anew without --resume"):
         main(config(options, folder, resume=str(folder)))
-    assert_equal_runs(unbroken, main(config(options, folder)))
+    assert_equal_runs(unbroken, main(config(options, folder)), 4)
 
 
 def test_a_failing_reward_ends_the_run_with_its_name_and_leaves_the_checkpoint(

@@ -1,15 +1,25 @@
-"""What the tests of several trainers ask of a whole run: resumed equals unbroken, two processes do as one."""
+"""What the tests of trainers ask of a whole run: resumed equals unbroken, two processes do as one, mistakes are told.
 
+As a script it runs trainers one after the other, as one process of several.
+"""
+
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from visalign.generator import Generator
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.run import read_metrics
 
@@ -50,28 +60,80 @@ def stop_in_step(monkeypatch, trainer: type, step: int) -> None:
     monkeypatch.setattr(trainer, "update", stopped)
 
 
-def assert_two_processes_do_as_one(script: Path, options: dict, folder: Path, keys: tuple[str, ...]) -> None:
-    """Run a trainer of one step by one process and by two: the same scores, weights and metrics within 1e-5."""
-    launch = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    one = [sys.executable, str(script)]
-    two = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(script)]
-    values, logged, metrics = [], [], []
-    for name, command in (("one", one), ("two", two)):
-        environment = {**os.environ, "TEST_SCORES": str(folder / name), "ACCELERATE_USE_CPU": "true"}
-        argv = [f"--{k}={v}" for k, v in {**options, "run_dir": folder / f"{name}-run"}.items()]
-        done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        values.append(load_checkpoint(folder / f"{name}-run" / "checkpoints" / "step-1"))
-        scored = [line.split(" ", 1) for line in (folder / name).read_text().splitlines()]
-        logged.append(sorted((prompt, float(score)) for score, prompt in scored))
-        metrics.append(read_metrics(folder / f"{name}-run" / "metrics.jsonl"))
-    single, both = logged
+def refused(module: ModuleType, argv: list[str], monkeypatch, capsys) -> str:
+    """Run a trainer's command line where it must fail before loading, with one line and status 2; the line."""
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as caught:
+        module.cli(argv)
+    error, prog = capsys.readouterr().err, module.__name__.split(".")[-1]
+    assert caught.value.code == 2 and error.startswith(f"{prog}: ") and error.count("\n") == 1, error
+    return error
+
+
+def run_on_two_processes(runs: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> Path:
+    """Run trainers, by name (module, options), by two processes: folder / name, and the scores in name.scores."""
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in runs]  # one each: they are not given back at once
+    ports = [server.getsockname()[1] for server in free]
+    for server in free:
+        server.close()
+    (folder / "runs.json").write_text(
+        json.dumps([(name, *run, port) for (name, run), port in zip(runs.items(), ports)])
+    )
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    started = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}
+        with open(folder / f"errors-{rank}", "w") as errors:
+            started.append(subprocess.Popen([sys.executable, __file__, str(folder)], env=environment, stderr=errors))
+    try:
+        ends = time.monotonic() + 500
+        while any(process.poll() is None for process in started) and time.monotonic() < ends:
+            if any(process.poll() for process in started):  # the other would wait for it
+                break
+            time.sleep(0.2)
+        said = "\n".join((folder / f"errors-{rank}").read_text()[-3000:] for rank in (0, 1))
+        assert [process.poll() for process in started] == [0, 0], said
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return folder
+
+
+def run_all(folder: Path) -> None:
+    """One process's part in `run_on_two_processes`."""
+    for name, module, options, port in json.loads((folder / "runs.json").read_text()):
+        os.environ |= {"TEST_SCORES": str(folder / f"{name}.scores"), "MASTER_PORT": str(port)}
+        trainer = importlib.import_module(module)
+        told = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        trainer.main(trainer.Config(**told, run_dir=str(folder / name)))
+        AcceleratorState._reset_state(reset_partial_state=True)  # the next run joins its processes anew
+
+
+def assert_same_on_two_processes(one: Path, one_scores: Path, two: Path, two_scores: Path) -> None:
+    """The runs of one step have the same scores, weights and metrics within 1e-5."""
+    told = [[line.split(" ", 1) for line in path.read_text().splitlines()] for path in (one_scores, two_scores)]
+    single, both = (sorted((prompt, float(score)) for score, prompt in scores) for scores in told)
     assert len(single) and [p for p, _ in single] == [p for p, _ in both]
     assert max(abs(a - b) for (_, a), (_, b) in zip(single, both)) < 1e-5
+    (values, state), (others, other) = (load_checkpoint(r / "checkpoints" / "step-1") for r in (one, two))
     for name in ("trained", "ema", "before"):
-        for key, value in values[0][0][name].items():
-            torch.testing.assert_close(values[1][0][name][key], value, rtol=0, atol=1e-5)
-    assert values[0][1]["extra"].keys() == values[1][1]["extra"].keys()
-    for key in keys:
-        for line, other in zip(*metrics):
-            assert line.get(key) == pytest.approx(other.get(key), abs=1e-5), key
+        for key, value in values[name].items():
+            torch.testing.assert_close(others[name][key], value, rtol=0, atol=1e-5)
+    assert flat(state["extra"]) == pytest.approx(flat(other["extra"]), abs=1e-5)
+    for line, same in zip(lines(one), lines(two), strict=True):
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and not k.startswith("monitor_")}
+        assert numbers == pytest.approx({k: same.get(k) for k in numbers}, rel=1e-3, abs=1e-5)  # it watches a share
+
+
+def flat(value: Any) -> list:
+    """What is in nested lists and dictionaries, texts left out."""
+    if isinstance(value, dict):
+        return [x for key in sorted(value) for x in flat(value[key])]
+    if isinstance(value, list):
+        return [x for entry in value for x in flat(entry)]
+    return [] if isinstance(value, str) else [value]
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))

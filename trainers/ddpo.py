@@ -12,38 +12,26 @@ Flow-matching models are trained by `flow_grpo.py`.
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_advantages
-from visalign.objectives.policy_gradient import clipped_loss, kl_penalty, ppo_stats
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_loss, kl_penalty, ppo_stats
 from visalign.objectives.rebel import rebel_loss, rebel_weights
 from visalign.prompt_statistics import PromptStatistics, normalised
 from visalign.rollout import Trajectory, recompute, rollout, step_log_prob
 from visalign.seeds import derived_seed
-from visalign.training import options, outcome, preflight, setup
-from visalign.training.config import parse_config, save_config
-from visalign.training.data import Group, iteration_groups, share_of
-from visalign.training.evaluate import Evaluation
-from visalign.training.iteration import (
-    Batch,
-    Gathered,
-    Scoring,
-    evaluate_average,
-    gather_scores,
-    mean_over_processes,
-    opened,
-)
-from visalign.training.run import WATCH, Run
-from visalign.training.watching import roll_back, watch
-from visalign.transitions import DDIM, Consistency, Transition, sampler_of
+from visalign.training import options, outcome, preflight
+from visalign.training.batches import Batch, cut
+from visalign.training.course import Course, open_course, shown
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients, add_sums
+from visalign.transitions import DDIM, Consistency, Transition
 
 KINDS = ("diffusion", "consistency")
 
@@ -118,58 +106,53 @@ class Config(options.CommonConfig):
 
 
 class DDPO:
-    """One process's part in the training: sampling, scoring, updating. The loop itself is `train`."""
+    """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
 
-    def __init__(self, cfg: Config, accelerator: Accelerator, run: Run, parts: setup.Parts):
-        self.cfg, self.accelerator, self.run, self.parts = cfg, accelerator, run, parts
-        self.schedule = parts.generator.schedule
+    def __init__(self, course: Course):
+        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
+        cfg, self.generator, scorer = self.cfg, self.parts.generator, self.parts.scorer
+        self.schedule = self.generator.schedule
         preflight.check_kind(cfg.model, self.schedule.kind, KINDS)
         consistency = self.schedule.kind == "consistency"
         self.transition: Transition = Consistency(eta=cfg.eta) if consistency else DDIM(eta=cfg.eta)
-        if parts.scorer.one_set or parts.scorer.gives != "scores":
+        if scorer.one_set or scorer.gives != "scores":
             raise ValueError(
                 f"reward: got {cfg.reward!r}, which scores sets or gives advantages, expected a score for each sample"
             )
-        self.scoring = Scoring(run, parts.scorer)
         self.tracker: PromptStatistics | None = None
         if cfg.statistics == "prompt":
             self.tracker = PromptStatistics(cfg.buffer_size or 16, cfg.buffer_min)
-            self.tracker.load_state_dict(parts.extra.get("prompt_rewards", {}))
+            self.tracker.load_state_dict(self.parts.extra.get("prompt_rewards", {}))
 
     def sample(self, groups: Sequence[Group]) -> list[Batch]:
-        """Images of some prompts, in micro-batches, with every step that has noise on record."""
-        cfg = self.cfg
-        samples = [(g, k) for g in groups for k in range(cfg.group_size)]
+        """Images of some prompts, in micro-batches, every step with noise on record; handed on to the reward."""
         batches: list[Batch] = []
-        for start in range(0, len(samples), cfg.batch_size):
-            chosen = samples[start : start + cfg.batch_size]
-            prompts, seeds = [g.prompt for g, _ in chosen], [g.seeds[k] for g, k in chosen]
+        for some in cut(groups, self.cfg.batch_size):
             with self.run.stage("rollout"):
-                trajectory = rollout(self.parts.generator, prompts, seeds, self.transition, grad_mode=cfg.compile)
-            batches.append(Batch(trajectory, torch.tensor([g.index for g, _ in chosen])))
-            if not self.parts.scorer.whole:
-                self.scoring.submit(batches[-1:])
-        if self.parts.scorer.whole:
-            self.scoring.submit(batches)
+                trajectory = rollout(
+                    self.generator, some.prompts, some.seeds, self.transition, grad_mode=self.cfg.compile
+                )
+            batches.append(Batch(trajectory, some.ids))
+            self.course.scoring.add(batches[-1])
+        self.course.scoring.flush()
         return batches
 
-    def assign_advantages(self, batches: list[Batch], groups: Sequence[Group]) -> tuple[Gathered, dict[str, float]]:
-        """Advantages of all samples of the iteration, from the rewards of all processes; also returns what to log."""
-        self.scoring.collect()
-        scores = gather_scores(self.accelerator, self.parts.scorer, batches)
-        extra = {}
+    def assign_advantages(self, batches: list[Batch], groups: Sequence[Group]) -> dict[str, float]:
+        """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
+        scores, extra = self.course.scoring.collect(batches), {}
         if self.tracker is not None:
             prompts = [groups[index].prompt for index in scores.ids.tolist()]
-            advantages = self.tracker.advantages(prompts, scores.combined, scores.valid)
+            advantages = self.tracker.advantages(prompts, scores.rewards, scores.valid)
             self.parts.extra["prompt_rewards"] = self.tracker.state_dict()
             extra["own_baseline_share"] = self.tracker.share_of_own(prompts)
         elif self.cfg.statistics == "batch":
-            advantages = normalised(scores.combined.double(), scores.combined[scores.valid].double())
+            advantages = normalised(scores.rewards, scores.rewards[scores.valid])
         else:
-            advantages = group_advantages(scores.combined, scores.ids)
-        advantages = clip_advantages(advantages, self.cfg.max_advantage)
+            advantages = group_advantages(scores.rewards, scores.ids)
+        advantages = clip_advantages(advantages, self.cfg.max_advantage).float() * scores.valid  # 0: failed
         scores.assign(batches, advantages)
-        return scores, scores.values(advantages) | extra
+        self.seen = scores.seen
+        return scores.values() | {"advantage_abs_mean": advantages.abs().mean().item()} | extra
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""
@@ -191,30 +174,23 @@ class DDPO:
             if not rows:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[rows]
-        references: dict[int, Tensor] = {}
-        if cfg.kl_weight:
-            with self.parts.policy.reference():
-                self.forward(trajectory, steps, lambda i, _x, prediction: references.update({i: prediction}))
 
-        def learn(i: int, _latents: Tensor, prediction: Tensor) -> None:
-            loss, stats = self.loss(trajectory, i, prediction, advantages, weights, references.get(i))
-            (loss.sum() * scale).backward()
-            for name, value in stats.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(advantages)
+        def loss(i: int, prediction: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.loss(trajectory, i, prediction, advantages, weights, reference)
 
-        self.forward(trajectory, steps, learn)
-        sums["count"] = torch.tensor(float(len(steps) * len(advantages)), device=advantages.device)
+        base = self.parts.policy if cfg.kl_weight else None
+        for states in self.calls(trajectory, steps):
+            told = trajectory.prompts, trajectory.seeds
+            add_sums(sums, add_gradients(self.generator, *told, states, loss, scale, base))
         return sums
 
-    def forward(self, trajectory: Trajectory, steps: list[int], step_fn: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Predictions at recorded states: one pipeline call, or, to train text encoders, one a step.
+    def calls(self, trajectory: Trajectory, steps: list[int]) -> list[dict[int, Tensor]]:
+        """The recorded states to predict at, in one pipeline call, or, to train text encoders, in one a step.
 
         The embeddings are then part of each step's graph, which its backward frees: each step encodes anew.
         """
-        calls = [[i] for i in steps] if self.parts.policy.texts else [steps]
-        for visited in calls:
-            states = {i: trajectory.latents[i] for i in visited}
-            self.parts.generator.denoise(trajectory.prompts, trajectory.seeds, step_fn, latents=states)
+        visited = [[i] for i in steps] if self.parts.policy.texts else [steps]
+        return [{i: trajectory.latents[i] for i in some} for some in visited]
 
     def pair_weights(self, batch: Batch, steps: list[int], sums: dict[str, Tensor]) -> Tensor:
         """REBEL's weight (N,) of each sample's log-probability, from a pass without gradient; 0 for unscored pairs.
@@ -229,7 +205,8 @@ class DDPO:
             ratios.add_(step_log_prob(trajectory, i, prediction, self.transition) - trajectory.log_probs[i])
 
         with torch.no_grad():
-            self.forward(trajectory, steps, add)
+            for states in self.calls(trajectory, steps):
+                self.generator.denoise(trajectory.prompts, trajectory.seeds, add, latents=states)
         scored = batch.scores.valid.unflatten(0, (-1, 2)).all(1).to(ratios.device)
         given, scale = (ratios, advantages, self.cfg.rebel_scale or 1.0), 2 * len(steps)
         sums["rebel_loss"] = (rebel_loss(*given) * scored).sum() * scale
@@ -259,86 +236,35 @@ class DDPO:
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, sums, norms = self.cfg, dict[str, Tensor](), []
-        total = cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size  # samples an update, on all processes
+        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        steps = self.steps_to_train(step, shares[0][0].trajectory.steps)  # all batches have recorded the same
+        scale = 1 / (cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size * len(steps))
         for share in shares * cfg.inner_epochs:
             with self.run.stage("train"):
                 for batch in share:
-                    steps = self.steps_to_train(step, batch.trajectory.steps)
-                    for name, value in self.backward(batch, steps, 1 / (total * len(steps))).items():
-                        sums[name] = sums.get(name, 0) + value
-                norms.append(self.parts.apply_gradients(self.accelerator, step))
-        names = ["ratio_mean", "approx_kl"] + ["kl"] * (cfg.kl_weight > 0)
-        clips = ["clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        names += ["rebel_loss"] if cfg.objective == "rebel" else clips
-        values = mean_over_processes(self.accelerator, sums, names)
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        return {**values, "grad_norm": norm, "skipped_updates": self.parts.skipped}
-
-    def evaluate(self, prompts: list[str]) -> Evaluation:
-        """The averaged weights on held-out prompts, by deterministic DDIM or the usual consistency sampler."""
-        sampler = sampler_of(self.schedule)
-        return evaluate_average(self.cfg, self.accelerator, self.run, self.parts, sampler, prompts)
+                    updates.add(self.backward(batch, steps, scale))
+                updates.apply()
+        names = ("ratio_mean", "approx_kl", "rebel_loss") if cfg.objective == "rebel" else CLIPPED_STATS
+        return updates.values([*names, *["kl"] * (cfg.kl_weight > 0)])
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    plan = preflight.make_plan(cfg, "ddpo")
-    preflight.check_kind(cfg.model, preflight.kind_of_folder(plan.model), KINDS)
-    with opened(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as (accelerator, parts, run):
-        train(cfg, plan, accelerator, parts, run)
+    plan = preflight.make_plan(cfg, "ddpo", kinds=KINDS)
+    with open_course(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as course:
+        trainer = DDPO(course)
+        for step in course.steps():
+            groups, mine = course.groups(step, cfg.group_size, cfg.updates_per_step)
+            shares = [trainer.sample(share) for share in mine]  # and scored, in the shares of the updates
+            drawn = [batch for share in shares for batch in share]
+            values = trainer.assign_advantages(drawn, groups)
+            values |= trainer.update(step, shares)
+            course.end_step(values, shown(drawn), *trainer.seen, len(groups) * cfg.group_size)
     return plan.folder
 
 
-def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
-    """The loop, between the evaluation before and the one after."""
-    trainer = DDPO(cfg, accelerator, run, parts)
-    if accelerator.is_main_process:
-        save_config(replace(cfg, resume=None), plan.folder / "config.yaml")
-    outcome.announce(run, cfg, plan, parts)
-    if parts.before is None:
-        parts.before = trainer.evaluate(plan.eval_prompts)
-        outcome.say_evaluation(run, parts.before, "before")
-        run.log(0, outcome.evaluation_values(parts.before))
-    share_size = cfg.prompts_per_step // cfg.updates_per_step
-    with run.progress:
-        for step in range(parts.step, cfg.steps):
-            started = time.monotonic()
-            # Sample and score: in the shares of the updates, all images of a prompt on one process.
-            groups = iteration_groups(plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed)
-            shares = []
-            for k in range(0, len(groups), share_size):
-                mine = share_of(groups[k : k + share_size], accelerator.process_index, accelerator.num_processes)
-                shares.append(trainer.sample(mine))
-            drawn = [batch for share in shares for batch in share]
-            scores, values = trainer.assign_advantages(drawn, groups)
-            # Learn, and look at what was drawn.
-            values |= trainer.update(step, shares)
-            shown = [(b.trajectory.images, b.trajectory.prompts) for b in drawn if b.trajectory.images is not None]
-            values |= watch(run, parts, step + 1, shown, *scores.seen, values.get("kl"))
-            parts.after_step(step + 1, time.monotonic() - started, len(groups) * cfg.group_size)
-            stop = setup.stopping(run, accelerator)
-            if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
-                evaluation = trainer.evaluate(plan.eval_prompts[: cfg.eval_during])
-                values |= outcome.evaluation_values(evaluation)
-                setup.keep_best(parts, evaluation)
-            run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
-            if step % max(1, cfg.steps // 10) == 0:
-                run.save_grid(f"step-{step + 1}.png", shown[0][0][:16])
-            setup.checkpoint(run, cfg, parts, accelerator, last=stop or step + 1 == cfg.steps)  # after the log
-            run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
-            if stop:
-                run.say(f"stopped after step {step + 1} of {cfg.steps}; go on with --resume {plan.folder}")
-                break
-        if parts.step == cfg.steps or run.stopping == WATCH:
-            if run.stopping == WATCH and cfg.monitor == "rollback":
-                roll_back(run, parts)
-            outcome.finish(run, cfg, plan, parts, trainer.evaluate(plan.eval_prompts))
-
-
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="ddpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "ddpo")
+    outcome.launch(main, Config, argv, "ddpo", __doc__)
 
 
 if __name__ == "__main__":

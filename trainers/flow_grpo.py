@@ -9,30 +9,33 @@ rather than std + 1e-4; the KL is the true one unless `--kl_type flow_grpo`; the
 and step alone, so results do not depend on the number of processes.
 """
 
-import math
-import time
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.advantages import clip_advantages, group_advantages, group_statistics
-from visalign.objectives.policy_gradient import StepWeight, clipped_loss, kl_penalty, ratio_norm_log_ratio, step_weights
+from visalign.advantages import clip_advantages, group_advantages
+from visalign.objectives.policy_gradient import (
+    CLIPPED_STATS,
+    StepWeight,
+    clipped_loss,
+    kl_penalty,
+    ratio_norm_log_ratio,
+    step_weights,
+)
 from visalign.rollout import Solver, Trajectory, recompute, rollout
 from visalign.seeds import derived_seed
-from visalign.training import options, outcome, preflight, setup
-from visalign.training.config import parse_config, save_config
-from visalign.training.data import Group, iteration_groups, share_of
-from visalign.training.optimization import mean_over_processes
-from visalign.training.run import WATCH, Run
-from visalign.training.scoring import Scored
-from visalign.training.watching import roll_back, watch, watch_evaluation
+from visalign.training import options, outcome, preflight
+from visalign.training.batches import Batch, cut
+from visalign.training.course import Course, open_course, shown
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import make_transition
 from visalign.windows import flash_post_steps, make_window, trained_steps
+
+KINDS = ("flow",)
 
 
 @dataclass(frozen=True)
@@ -132,109 +135,59 @@ class Config(options.CommonConfig):
         return make_window(self.window, self.num_steps, self.window_size, **span, **dwell)
 
 
-@dataclass
-class Batch:
-    """A micro-batch: its samples' groups (N,), their scores when they are there, and then the advantages (N,)."""
-
-    trajectory: Trajectory
-    group_ids: Tensor
-    scores: Scored | None = None
-    advantages: Tensor | None = None
-
-
 class FlowGRPO:
     """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
 
-    def __init__(self, cfg: Config, accelerator: Accelerator, run: Run, parts: setup.Parts):
-        self.cfg, self.accelerator, self.run, self.parts = cfg, accelerator, run, parts
+    def __init__(self, course: Course):
+        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
+        cfg, self.generator, self.scorer = self.cfg, self.parts.generator, self.parts.scorer
         self.transition = make_transition(cfg.sampler, eta=cfg.eta)
         self.window = cfg.make_window()
-        self.schedule = parts.generator.schedule
-        preflight.check_kind(cfg.model, self.schedule.kind, ["flow"])
+        self.schedule = self.generator.schedule
+        preflight.check_kind(cfg.model, self.schedule.kind, KINDS)
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
         self.step_weights = step_weights(cfg.step_weight, self.stds, self.schedule.levels)
-        if parts.scorer.one_set and accelerator.num_processes > 1:
+        if self.scorer.one_set and course.accelerator.num_processes > 1:
             raise ValueError(
-                f"reward: got {cfg.reward!r}, which scores all samples as one set, on {accelerator.num_processes} "
-                "processes, expected 1"
+                f"reward: got {cfg.reward!r}, which scores all samples as one set, on "
+                f"{course.accelerator.num_processes} processes, expected 1"
             )
-        self.waiting: list[tuple[list[Batch], Future[list[Scored]]]] = []  # for their scores
 
     def sample(self, step: int, groups: list[Group]) -> list[Batch]:
         """Images of some groups, in micro-batches, with the stochastic steps on record; handed on to the reward."""
-        cfg = self.cfg
+        cfg, batches = self.cfg, list[Batch]()
         steps = [i for i in self.window(step) if self.stds[i] > 0]
         post = None if cfg.ratio_after is None else flash_post_steps(cfg.num_steps, max(steps), cfg.ratio_after)
-        samples = [(g, k) for g in groups for k in range(cfg.group_size)]
-        batches: list[Batch] = []
-        for start in range(0, len(samples), cfg.batch_size):
-            chosen = samples[start : start + cfg.batch_size]
+        for some in cut(groups, cfg.batch_size):
             with self.run.stage("rollout"):
                 trajectory = rollout(
-                    self.parts.generator,
-                    [g.prompt for g, _ in chosen],
-                    [g.seeds[k] for g, k in chosen],
+                    self.generator,
+                    some.prompts,
+                    some.seeds,
                     self.transition,
                     sde_steps=steps,
-                    noise_seeds=[g.noise_seeds[k] for g, k in chosen],
+                    noise_seeds=some.noise_seeds,
                     solver=cfg.solver_after,
                     post_steps=post,
                     store_means=cfg.ratio == "guard",
                     grad_mode=cfg.compile,
                 )
-            batches.append(Batch(trajectory, torch.tensor([g.index for g, _ in chosen])))
-            if not self.parts.scorer.whole:
-                self.score(batches[-1:])
-        if self.parts.scorer.whole:
-            self.score(batches)
+            batches.append(Batch(trajectory, some.ids))
+            self.course.scoring.add(batches[-1])
+        self.course.scoring.flush()
         return batches
-
-    def score(self, batches: list[Batch]) -> None:
-        """Hand batches to the reward; with threads, it works while sampling goes on."""
-        images = [b.trajectory.images for b in batches if b.trajectory.images is not None]
-        prompts = [prompt for b in batches for prompt in b.trajectory.prompts]
-        with self.run.stage("score"):
-            ids = torch.cat([b.group_ids for b in batches])
-            self.waiting.append((batches, self.parts.scorer.submit(images, prompts, ids)))
-
-    def collect(self) -> None:
-        """Wait for the scores of everything that was handed to the reward."""
-        with self.run.stage("score"):
-            for batches, future in self.waiting:
-                for batch, scores in zip(batches, future.result()):
-                    batch.scores = scores
-        self.waiting = []
 
     def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
         """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
-        cfg, scorer, device = self.cfg, self.parts.scorer, self.accelerator.device
-        self.collect()
-        ids = self.accelerator.gather(torch.cat([b.group_ids for b in batches]).to(device)).cpu()
-        rows = torch.cat([b.scores.rows for b in batches if b.scores is not None])
-        rows = self.accelerator.gather(rows.to(device)).cpu()
-        order = torch.argsort(ids, stable=True)  # the same order of summation on any number of processes
-        parts, shaped = rows[order, : len(scorer.labels)].T, rows[order, len(scorer.labels) : -1].T
-        rewards, advantages = scorer.plain(shaped), torch.empty(len(ids))
-        if scorer.gives == "scores":
-            relative = group_advantages(rewards, ids[order], std=cfg.advantage_std)
+        scores = self.course.scoring.collect(batches)
+        if self.scorer.gives == "scores":
+            advantages = group_advantages(scores.rewards, scores.ids, std=self.cfg.advantage_std)
         else:
-            relative = scorer.combine(shaped, ids[order])
-        advantages[order] = clip_advantages(relative.float(), cfg.max_advantage) * rows[order, -1].float()  # 0: failed
-        count = len(ids) // self.accelerator.num_processes
-        mine = advantages[self.accelerator.process_index * count :][:count]
-        for batch, part in zip(batches, mine.split([len(b.group_ids) for b in batches])):
-            batch.advantages = part.to(batch.trajectory.final.device)
-        groups = group_statistics(rewards, ids[order])
-        self.seen = ids, rewards[torch.argsort(order)]  # in the order of gathering: this process's, then the others'
-        named = {f"reward_{k}": v for k, v in zip(scorer.labels, parts.mean(1).tolist())} if len(parts) > 1 else {}
-        return {
-            "reward_mean": rewards.mean().item(),
-            "reward_std_in_group": groups.stds.mean().item(),
-            "zero_std_groups": groups.zero_std_fraction,
-            "advantage_abs_mean": advantages.abs().mean().item(),
-            "failed_scores": int((rows[:, -1] == 0).sum()),
-            **named,
-        }
+            advantages = self.scorer.combine(scores.shaped, scores.ids)
+        advantages = clip_advantages(advantages.float(), self.cfg.max_advantage) * scores.valid  # 0: failed
+        scores.assign(batches, advantages)
+        self.seen = scores.seen
+        return scores.values() | {"advantage_abs_mean": advantages.abs().mean().item()}
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""
@@ -254,25 +207,13 @@ class FlowGRPO:
             if not rows:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[rows]
+
+        def loss(i: int, prediction: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.loss(trajectory, i, prediction, advantages, reference)
+
         states = {i: trajectory.latents[i] for i in steps}
-        references: dict[int, Tensor] = {}
-        if cfg.kl_weight:
-            with self.parts.policy.reference():
-                self._forward(trajectory, states, lambda i, _x, prediction: references.update({i: prediction}))
-        sums: dict[str, Tensor] = {}
-
-        def learn(i: int, _latents: Tensor, prediction: Tensor) -> None:
-            loss, stats = self.loss(trajectory, i, prediction, advantages, references.get(i))
-            (loss.sum() * scale).backward()
-            for name, value in stats.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(advantages)
-
-        self._forward(trajectory, states, learn)
-        sums["count"] = torch.tensor(float(len(steps) * len(advantages)), device=advantages.device)
-        return sums
-
-    def _forward(self, trajectory: Trajectory, states: dict[int, Tensor], step_fn: Any) -> None:
-        self.parts.generator.denoise(trajectory.prompts, trajectory.seeds, step_fn, latents=states)
+        base = self.parts.policy if cfg.kl_weight else None
+        return add_gradients(self.generator, trajectory.prompts, trajectory.seeds, states, loss, scale, base)
 
     def loss(
         self, trajectory: Trajectory, i: int, prediction: Tensor, advantages: Tensor, reference: Tensor | None
@@ -304,95 +245,34 @@ class FlowGRPO:
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        sums: dict[str, Tensor] = {}
-        norms = []
-        for _ in range(self.cfg.inner_epochs):
-            for share in shares:
-                total = self.cfg.prompts_per_step // self.cfg.updates_per_step * self.cfg.group_size
-                with self.run.stage("train"):
-                    for batch in share:
-                        steps = self.steps_to_train(step, batch.trajectory.steps)
-                        for name, value in self.backward(batch, steps, 1 / (total * len(steps))).items():
-                            sums[name] = sums.get(name, 0) + value
-                    norms.append(self.parts.apply_gradients(self.accelerator, step))
-        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        names += ["kl"] if self.cfg.kl_weight else []
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        means = mean_over_processes(self.accelerator, sums, names)
-        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
+        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        total = cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size  # samples an update, on all processes
+        for share in shares * cfg.inner_epochs:
+            with self.run.stage("train"):
+                for batch in share:
+                    steps = self.steps_to_train(step, batch.trajectory.steps)
+                    updates.add(self.backward(batch, steps, 1 / (total * len(steps))))
+                updates.apply()
+        return updates.values([*CLIPPED_STATS, *["kl"] * (cfg.kl_weight > 0)])
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    plan = preflight.make_plan(cfg, "flow_grpo")
-    preflight.check_kind(cfg.model, preflight.kind_of_folder(plan.model), ["flow"])
-    accelerator = Accelerator()
-    preflight.check_shares(cfg.prompts_per_step // cfg.updates_per_step, accelerator)
-    plan.folder = setup.same_on_all(plan.folder)
-    parts = setup.build(cfg, plan, accelerator)
-    run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
-    try:
-        train(cfg, plan, accelerator, parts, run)
-    finally:
-        parts.scorer.close()
-        run.close()
-    accelerator.end_training()
+    plan = preflight.make_plan(cfg, "flow_grpo", kinds=KINDS)
+    with open_course(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as course:
+        trainer = FlowGRPO(course)
+        for step in course.steps():
+            groups, mine = course.groups(step, cfg.group_size, cfg.updates_per_step, cfg.same_latents)
+            shares = [trainer.sample(step, share) for share in mine]  # and scored, in the shares of the updates
+            drawn = [batch for share in shares for batch in share]
+            values = trainer.assign_advantages(drawn)
+            values |= trainer.update(step, shares)
+            course.end_step(values, shown(drawn), *trainer.seen, len(groups) * cfg.group_size)
     return plan.folder
 
 
-def train(cfg: Config, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
-    """The loop, between the evaluation before and the one after."""
-    trainer = FlowGRPO(cfg, accelerator, run, parts)
-    if accelerator.is_main_process:
-        save_config(replace(cfg, resume=None), plan.folder / "config.yaml")
-    outcome.announce(run, cfg, plan, parts)
-    if parts.before is None:
-        parts.before = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts)
-        outcome.say_evaluation(run, parts.before, "before")
-        run.log(0, outcome.evaluation_values(parts.before))
-    share_size = cfg.prompts_per_step // cfg.updates_per_step
-    with run.progress:
-        for step in range(parts.step, cfg.steps):
-            started = time.monotonic()
-            groups = iteration_groups(
-                plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
-            )
-            # Sample and score: in the shares of the updates, whole groups on this process.
-            shares = []
-            for k in range(0, len(groups), share_size):
-                mine = share_of(groups[k : k + share_size], accelerator.process_index, accelerator.num_processes)
-                shares.append(trainer.sample(step, mine))
-            values = trainer.assign_advantages([batch for share in shares for batch in share])
-            values |= trainer.update(step, shares)
-            drawn = [b.trajectory for share in shares for b in share]
-            shown = [(t.images, t.prompts) for t in drawn if t.images is not None]
-            values |= watch(run, parts, step + 1, shown, *trainer.seen, values.get("kl"))
-            parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
-            if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
-                evaluation = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts[: cfg.eval_during])
-                values |= outcome.evaluation_values(evaluation)
-                watch_evaluation(run, parts, step + 1, evaluation, values)
-                setup.keep_best(parts, evaluation)
-            stop = setup.stopping(run, accelerator)
-            run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
-            if step % max(1, cfg.steps // 10) == 0:
-                run.save_grid(f"step-{step + 1}.png", shown[0][0][:16])
-            # After the log: what a kill in between leaves in it is dropped at resume, and written again.
-            setup.checkpoint(run, cfg, parts, accelerator, last=stop or step + 1 == cfg.steps)
-            run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
-            if stop:
-                run.say(f"stopped after step {step + 1} of {cfg.steps}; go on with --resume {plan.folder}")
-                break
-        if parts.step == cfg.steps or run.stopping == WATCH:
-            if run.stopping == WATCH and cfg.monitor == "rollback":
-                roll_back(run, parts)
-            after = setup.evaluate_average(run, cfg, parts, accelerator, plan.eval_prompts)
-            outcome.finish(run, cfg, plan, parts, after)
-
-
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="flow_grpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "flow_grpo")
+    outcome.launch(main, Config, argv, "flow_grpo", __doc__)
 
 
 if __name__ == "__main__":

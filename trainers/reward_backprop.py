@@ -13,13 +13,11 @@ held fixed. docs/methods/reward_backprop.md says what is reconstructed.
 
 import functools
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.backprop import checkpointed, truncated_rollout
@@ -40,6 +38,7 @@ from visalign.training.backprop_parts import (
     Pictures,
     batches,
     blocks_of,
+    check_kind,
     check_model,
     embeds_guidance,
     evaluation_extras,
@@ -49,13 +48,10 @@ from visalign.training.backprop_parts import (
     prepare_memory,
     shown_to,
 )
-from visalign.training.config import parse_config
-from visalign.training.data import Group, iteration_groups, share_of
+from visalign.training.course import Course, open_course
+from visalign.training.data import Group
 from visalign.training.gradients import check_differentiable
 from visalign.training.pictures import DrawnShapes, PictureFolder, open_pictures
-from visalign.training.run import Run
-from visalign.training.session import Evaluator, session
-from visalign.training.watching import watch
 from visalign.transitions import ddim
 from visalign.worlds import resolve_model
 
@@ -73,19 +69,18 @@ class Estimate(NamedTuple):
 
 
 class RewardBackprop:
-    """One process's part in the training: a batch's estimates, their gradient, the update. The loop is `train`."""
+    """One process's part in the training: a batch's estimates, their gradient, the update. The loop is `main`."""
 
-    def __init__(
-        self, cfg: Config, accelerator: Accelerator, run: Run, parts: setup.Parts, pictures: Pictures | None = None
-    ):
-        self.cfg, self.accelerator, self.run, self.parts, self.pictures = cfg, accelerator, run, parts, pictures
+    def __init__(self, course: Course, pictures: Pictures | None = None):
+        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
+        cfg, parts, self.pictures = self.cfg, self.parts, pictures
         self.generator, self.schedule = parts.generator, parts.generator.schedule
         self.transition = make_sampler(cfg, self.schedule)
         self.first_cut = cfg.num_steps - (cfg.own("grad_steps") or cfg.num_steps)  # no step before has a gradient
         check_model(cfg, self.schedule, self.transition, self.first_cut)
         self.reward = make_graded(cfg, parts.scorer.reward, OTHERS)
         self.encode = Encoder(self.generator) if pictures else None
-        self.teacher = load_teacher(cfg, self.schedule, parts.policy, accelerator.device)
+        self.teacher = load_teacher(cfg, self.schedule, parts.policy, self.course.accelerator.device)
         self.recomputed = prepare_memory(cfg, self.generator)
 
     # Samples ---------------------------------------------------------------------------------------------------------
@@ -307,7 +302,7 @@ class RewardBackprop:
     def decay_to_start(self) -> None:
         """Gradient of the change's size; once for all processes, whose gradients are summed."""
         policy, weight = self.parts.policy, self.cfg.start_decay
-        if not weight or not self.accelerator.is_main_process:
+        if not weight or not self.course.accelerator.is_main_process:
             return
         if policy.lora_rank:
             downs = {name: p for name, p in policy.trained.items() if ".lora_A." in name}
@@ -326,8 +321,8 @@ class RewardBackprop:
             for batch in batches(cfg, self.generator, self.pictures, self.encode, groups):
                 learn.get(cfg.method, self.learn_by_reward)(step, batch, learnt, scale)
             self.decay_to_start()
-            norm = self.parts.apply_gradients(self.accelerator, step)
-        values, ids, rewards = learnt.joined(self.accelerator)
+            norm = self.parts.apply_gradients(self.course.accelerator, step)
+        values, ids, rewards = learnt.joined(self.course.accelerator)
         self.seen = torch.zeros_like(ids) if cfg.group_size == 1 else ids, rewards  # one image a prompt: one group
         return {**values, "grad_norm": norm, "skipped_updates": self.parts.skipped}, learnt
 
@@ -342,52 +337,26 @@ def main(cfg: Config) -> Path:
         resolve_model(cfg.own("teacher"))
     sets = pictures.captions() if isinstance(pictures, PictureFolder) else None
     plan = preflight.make_plan(cfg, "reward_backprop", sets)
+    check_kind(cfg, preflight.kind_of_folder(plan.model))
     if isinstance(pictures, DrawnShapes):
         pictures.check([*plan.prompts, *plan.eval_prompts])
 
     def inputs(generator: Generator) -> dict[str, Any]:
         return shown_to(cfg, generator, pictures, plan.prompts[:1], [0])[1] if pictures else {}
 
-    with session(cfg, plan, cfg.prompts_per_step, inputs, cfg.own("component")) as (accelerator, parts, run):
-        train(cfg, plan, RewardBackprop(cfg, accelerator, run, parts, pictures))
+    with open_course(cfg, plan, cfg.prompts_per_step, inputs, cfg.own("component")) as course:
+        trainer = RewardBackprop(course, pictures)
+        course.scale, course.patience = cfg.lora_scale, cfg.early_stop
+        course.extras = evaluation_extras(cfg, trainer.generator, pictures)
+        for step in course.steps():
+            groups, (mine,) = course.groups(step, cfg.group_size)
+            values, learnt = trainer.update(step, mine)
+            course.end_step(values, learnt.shown, *trainer.seen, len(groups) * cfg.group_size)
     return plan.folder
 
 
-def train(cfg: Config, plan: preflight.Plan, trainer: RewardBackprop) -> None:
-    """The loop, between the evaluation before and the one after."""
-    accelerator, run, parts = trainer.accelerator, trainer.run, trainer.parts
-    extras = evaluation_extras(cfg, trainer.generator, trainer.pictures)
-    evaluator = Evaluator(cfg, plan, accelerator, parts, run, cfg.lora_scale, extras)
-    evaluator.before()
-    ended = False
-    with run.progress:
-        for step in range(parts.step, cfg.steps):
-            started = time.monotonic()
-            groups = iteration_groups(plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed)
-            mine = share_of(groups, accelerator.process_index, accelerator.num_processes)
-            values, learnt = trainer.update(step, mine)
-            if learnt.shown:
-                values |= watch(run, parts, step + 1, learnt.shown, *trainer.seen, values.get("kl"))
-            parts.after_step(step + 1, time.monotonic() - started, cfg.prompts_per_step * cfg.group_size)
-            stop = setup.stopping(run, accelerator)
-            values |= evaluator.during(step + 1)  # also when stopping: as the unbroken run
-            if cfg.early_stop and parts.best is not None:
-                ended = step + 1 - parts.best[1] >= cfg.early_stop * cfg.eval_every
-            run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
-            if learnt.shown and step % max(1, cfg.steps // 10) == 0:
-                run.save_grid(f"step-{step + 1}.png", learnt.shown[0][0][:16])
-            setup.checkpoint(run, cfg, parts, accelerator, last=stop or ended or step + 1 == cfg.steps)
-            run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
-            if stop or ended:
-                said = "no better evaluation since" if ended else f"go on with --resume {plan.folder}"
-                run.say(f"stopped after step {step + 1} of {cfg.steps}; {said}")
-                break
-    evaluator.after(ended)
-
-
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="reward_backprop", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "reward_backprop")
+    outcome.launch(main, Config, argv, "reward_backprop", __doc__)
 
 
 if __name__ == "__main__":

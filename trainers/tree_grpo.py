@@ -21,7 +21,6 @@ of its leaves become advantages of its edges, the stochastic steps:
 Departures: no KL term, as in the sources; the latents are kept in float32.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,16 +28,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from visalign.advantages import clip_advantages, group_advantages, group_statistics
+from visalign.advantages import clip_advantages, group_advantages
 from visalign.branching import Fork, Tree, branched_rollout
-from visalign.objectives.policy_gradient import clipped_surrogate, step_weights
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, step_weights
 from visalign.process_values import turning_point_rewards
-from visalign.training import options, outcome
-from visalign.training.config import parse_config
+from visalign.training import options, outcome, preflight
 from visalign.training.course import Course, open_course
-from visalign.training.data import Group, iteration_groups
-from visalign.training.learning import add_gradients, add_sums
-from visalign.training.optimization import mean_over_processes
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients, add_sums
 from visalign.transitions import make_transition
 from visalign.tree_advantages import (
     depth_advantages,
@@ -138,6 +135,12 @@ class Config(options.CommonConfig):
         """B2-DiffuRL's numbers of trained steps."""
         return self.trained_steps or (max(1, 7 * self.num_steps // 10), self.num_steps)
 
+    def check_kind(self, kind: str | None) -> None:
+        """Refuse a model of another kind than the sampler's; None: not known yet."""
+        wanted = "diffusion" if self.sampler == "ddim" else "flow"
+        if kind not in (None, wanted):
+            raise ValueError(f"sampler: got {self.sampler!r} on a {kind} model, expected a {wanted} model")
+
     def window(self, step: int) -> list[int]:
         """The stochastic steps of an iteration: TreeGRPO's moves on, TP-GRPO's lies anywhere."""
         if self.method == "tree_grpo":
@@ -163,9 +166,7 @@ class TreeGRPO:
         self.generator, self.scorer = self.parts.generator, self.parts.scorer
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
         self.schedule = self.generator.schedule
-        wanted, kind = "diffusion" if self.cfg.sampler == "ddim" else "flow", self.schedule.kind
-        if kind != wanted:
-            raise ValueError(f"sampler: got {self.cfg.sampler!r} on a {kind} model, expected a {wanted} model")
+        self.cfg.check_kind(self.schedule.kind)
         if self.scorer.one_set and course.accelerator.num_processes > 1:
             raise ValueError(f"reward: got {self.cfg.reward!r}, which scores samples as one set, expected 1 process")
         self.stds = [self.transition.std(self.schedule, i) for i in range(self.cfg.num_steps)]
@@ -211,15 +212,8 @@ class TreeGRPO:
         """Advantages of the edges, from the leaves' rewards; `groups` are of all processes. Returns what to log."""
         tree, images = branches.tree, branches.tree.images
         assert images is not None
-        size = len(images) if self.scorer.whole else self.cfg.batch_size
-        with self.run.stage("score"):
-            parts = [slice(k, k + size) for k in range(0, len(images), size)]
-            told, ids = tree.leaf_prompts, branches.group_ids
-            waiting = [self.scorer.submit([images[part]], told[part], ids[part]) for part in parts]
-            scored = [scores for future in waiting for scores in future.result()]
-        gathered = self.course.gather(branches.group_ids, scored)
+        gathered = self.course.scoring.score(images, tree.leaf_prompts, branches.group_ids, self.cfg.batch_size)
         rewards = self.scorer.combine(gathered.shaped, gathered.ids)
-        plain = self.scorer.plain(gathered.shaped)
         if self.cfg.method == "b2_diffurl":
             rewards = self.history_scores(step, rewards, gathered.ids, groups)
         credit = {
@@ -230,7 +224,7 @@ class TreeGRPO:
             "b2_diffurl": self.selected_credit,
         }[self.cfg.method]
         edges = credit(tree, branches.group_ids, gathered.mine(rewards))
-        failed = gathered.mine(gathered.valid) == 0
+        failed = ~gathered.mine(gathered.valid)
         for i, advantages in edges.items():
             layer = tree.layers[i]
             spoilt = torch.zeros(len(layer.parents), dtype=torch.bool)
@@ -240,19 +234,11 @@ class TreeGRPO:
                 signs = advantages > 0
                 advantages *= torch.where(signs, self.cfg.of("positive_weight"), self.cfg.of("negative_weight"))
             branches.advantages[i] = advantages.masked_fill(spoilt[layer.drawn], 0.0).to(tree.final.device)
-        stats = group_statistics(plain, gathered.ids)
-        self.seen = gathered.first_mine(gathered.ids), gathered.first_mine(plain)
-        labels = self.scorer.labels
-        named = {f"reward_{k}": float(v.mean()) for k, v in zip(labels, gathered.parts)} if len(labels) > 1 else {}
+        self.seen = gathered.seen
         sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
-        return {
-            "reward_mean": float(plain.mean()),
-            "reward_std_in_group": stats.stds.mean().item(),
-            "zero_std_groups": stats.zero_std_fraction,
+        return gathered.values() | {
             "advantage_abs_mean": float(self.course.accelerator.reduce(sizes, "mean")),
             "forwards_per_image": tree.forwards / len(tree),
-            "failed_scores": int((gathered.valid == 0).sum()),
-            **named,
         }
 
     # Credit: {step: advantages (E,) of all nodes after the step}; those that came by the ODE are not used ------------
@@ -356,28 +342,27 @@ class TreeGRPO:
 
     def update(self, step: int, branches: Branches) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, device, norms = self.cfg, self.course.accelerator.device, []
+        cfg, accelerator = self.cfg, self.course.accelerator
         count = sum(int(a.ne(0).sum()) if cfg.method == "b2_diffurl" else len(a) for a in branches.advantages.values())
-        edges = int(self.course.accelerator.reduce(torch.tensor(count, device=device), "sum"))
-        sums: dict[str, Tensor] = {}
+        edges = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+        updates = Updates(self.parts, accelerator, step)
         for _ in range(cfg.inner_epochs if edges else 0):  # where nothing is kept, no update is made
             with self.run.stage("train"):
-                add_sums(sums, self.backward(branches, 1 / edges))
-                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
-        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        means = mean_over_processes(self.course.accelerator, sums, names)
-        return {**means, "grad_norm": norm, "trained_edges": edges, "skipped_updates": self.parts.skipped}
+                updates.add(self.backward(branches, 1 / edges))
+                updates.apply()
+        return updates.values(CLIPPED_STATS) | {"trained_edges": edges}
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
     trees = cfg.of("trees") if "trees" in METHODS[cfg.method] else 1
-    with open_course(cfg, cfg.method, cfg.prompts_per_step) as course:
+    plan = preflight.make_plan(cfg, cfg.method)
+    cfg.check_kind(preflight.kind_of_folder(plan.model))
+    with open_course(cfg, plan, cfg.prompts_per_step) as course:
         trainer = TreeGRPO(course)
         for step in course.steps():
-            groups = iteration_groups(course.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
-            branches = trainer.sample(step, course.share(groups))
+            groups, (mine,) = course.groups(step, trees)
+            branches = trainer.sample(step, mine)
             values = trainer.assign_advantages(step, branches, groups)
             values |= trainer.update(step, branches)
             images, count = branches.tree.images, len(branches.tree) * course.accelerator.num_processes
@@ -388,12 +373,11 @@ def main(cfg: Config) -> Path:
             course.run.say(
                 f"sampling took {rows} rows of the denoiser, {1 - rows / alone:.0%} fewer than image by image"
             )
-    return course.plan.folder
+    return plan.folder
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="tree_grpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "tree_grpo")
+    outcome.launch(main, Config, argv, "tree_grpo", __doc__)
 
 
 if __name__ == "__main__":

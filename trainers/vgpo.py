@@ -14,9 +14,7 @@ rewards that go below 0 are shifted by their running minimum, weights are clampe
 after they are weighted.
 """
 
-import math
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +22,18 @@ import torch
 from torch import Tensor
 
 from visalign.advantages import clip_advantages, group_statistics
-from visalign.objectives.policy_gradient import clipped_surrogate, kl_penalty
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
 from visalign.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
 from visalign.rollout import Trajectory, recompute, rollout
-from visalign.training import options, outcome
-from visalign.training.config import parse_config
+from visalign.training import options, outcome, preflight
+from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group, iteration_groups
-from visalign.training.learning import add_gradients, add_sums
-from visalign.training.optimization import mean_over_processes
-from visalign.training.scoring import Scored
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import make_transition
 from visalign.windows import trained_steps
+
+KINDS = ("flow",)
 
 
 @dataclass(frozen=True)
@@ -97,62 +95,42 @@ class Config(options.CommonConfig):
         return min(5, self.num_steps) if self.absolute_steps is None else self.absolute_steps
 
 
-@dataclass
-class Batch:
-    """A micro-batch: its samples' groups (N,), their scores when they are there, then each step's advantages (N,)."""
-
-    trajectory: Trajectory
-    group_ids: Tensor
-    images: list[Tensor]  # after each step, T of (N, 3, H, W); emptied once handed on
-    scored: Scored | None = None  # T * N, step by step
-    advantages: dict[int, Tensor] = field(default_factory=dict)
-
-
 class VGPO:
     """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
 
     def __init__(self, course: Course):
         self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        self.generator, self.scorer = self.parts.generator, self.parts.scorer
+        self.generator, scorer = self.parts.generator, self.parts.scorer
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
         self.schedule = self.generator.schedule
-        if self.schedule.kind != "flow":
-            raise ValueError(f"model: got a {self.schedule.kind} model, expected a flow-matching one for vgpo")
-        if self.scorer.one_set or self.scorer.gives != "scores":
+        preflight.check_kind(self.cfg.model, self.schedule.kind, KINDS)
+        if scorer.one_set or scorer.gives != "scores":
             raise ValueError(
                 f"reward: got {self.cfg.reward!r}, which has no value for a sample by itself, expected one that scores "
                 "each (or each within its group): VGPO compares steps, too"
             )
         stochastic = [i for i in range(self.cfg.num_steps) if self.transition.std(self.schedule, i) > 0]
-        self.stochastic = stochastic
         self.trained = trained_steps(stochastic, self.cfg.timestep_fraction)
-        self.waiting: list[tuple[list[Batch], Future[list[Scored]]]] = []  # for their scores
 
     def sample(self, groups: list[Group]) -> list[Batch]:
-        """Images of some groups and of the projection after each step, in micro-batches, scored."""
-        cfg = self.cfg
-        samples = [(g, k) for g in groups for k in range(cfg.group_size)]
-        batches = []
-        for start in range(0, len(samples), cfg.batch_size):
-            chosen = samples[start : start + cfg.batch_size]
+        """Images of some groups and of the projection after each step, in micro-batches; handed on to the reward."""
+        batches: list[Batch] = []
+        for some in cut(groups, self.cfg.batch_size):
             with self.run.stage("rollout"):
                 trajectory = rollout(
                     self.generator,
-                    [g.prompt for g, _ in chosen],
-                    [g.seeds[k] for g, k in chosen],
+                    some.prompts,
+                    some.seeds,
                     self.transition,
-                    sde_steps=self.stochastic,
-                    noise_seeds=[g.noise_seeds[k] for g, k in chosen],
+                    noise_seeds=some.noise_seeds,
                     store_denoised=True,
-                    grad_mode=cfg.compile,
+                    grad_mode=self.cfg.compile,
                 )
             with self.run.stage("project"):
-                images = self.project(trajectory)
-            batches.append(Batch(trajectory, torch.tensor([g.index for g, _ in chosen]), images))
-            if not self.scorer.whole:
-                self.score(batches[-1:])
-        if self.scorer.whole:
-            self.score(batches)
+                images = torch.cat(self.project(trajectory))
+            batches.append(Batch(trajectory, self.ids(some.ids), images))
+            self.course.scoring.add(batches[-1])
+        self.course.scoring.flush()
         return batches
 
     @torch.no_grad()
@@ -165,31 +143,15 @@ class VGPO:
         trajectory.denoised = {}
         return [*images, trajectory.images]  # after the last step the state is the image
 
-    def score(self, batches: list[Batch]) -> None:
-        """Hand the images of all steps of some batches to the reward, in one call; with threads, sampling goes on."""
-        prompts = [prompt for b in batches for _ in range(self.cfg.num_steps) for prompt in b.trajectory.prompts]
-        images = [torch.cat(b.images) for b in batches]
-        with self.run.stage("score"):
-            self.waiting.append((batches, self.scorer.submit(images, prompts, self.ids(batches))))
-        for batch in batches:
-            batch.images = []
-
-    def ids(self, batches: list[Batch]) -> Tensor:
-        """The groups of all images of some batches: at each step, a group is another one."""
-        groups, count = self.cfg.prompts_per_step, self.cfg.num_steps
-        return torch.cat([i * groups + b.group_ids for b in batches for i in range(count)])
+    def ids(self, group_ids: Tensor) -> Tensor:
+        """The groups (T * N,) of the images after each step: at each step, a group is another one."""
+        return torch.cat([i * self.cfg.prompts_per_step + group_ids for i in range(self.cfg.num_steps)])
 
     def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
-        """Each step's advantages, from the rewards of all processes; returns what to log."""
+        """Each step's advantages (T * N,), from the rewards of all processes; returns what to log."""
         cfg, count = self.cfg, self.cfg.num_steps
-        with self.run.stage("score"):
-            for waited, future in self.waiting:
-                for batch, scores in zip(waited, future.result()):
-                    batch.scored = scores
-        self.waiting = []
-        all_ = self.course.gather(self.ids(batches), [b.scored for b in batches if b.scored is not None])
-        rewards = self.scorer.combine(all_.shaped, all_.ids).view(count, -1)  # step by step, group by group
-        parts, valid = all_.parts.view(len(all_.parts), count, -1), all_.valid.view(count, -1)
+        all_ = self.course.scoring.collect(batches)
+        rewards, valid = (v.view(count, -1) for v in (all_.rewards, all_.valid))  # step by step, group by group
         group_ids = all_.ids.view(count, -1)[0]
         if cfg.negative_rewards == "refuse" and bool((rewards < 0).any()):
             raise ValueError(f"reward: got {float(rewards.min()):g}, expected >= 0 (or negative_rewards 'shift')")
@@ -199,18 +161,16 @@ class VGPO:
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
         advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std)
-        advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage) * valid.prod(0)  # 0: failed
-        sizes = [count * len(b.group_ids) for b in batches]
-        for batch, part in zip(batches, all_.mine(advantages.flatten()).split(sizes)):
-            rows = part.float().to(batch.trajectory.final.device).view(count, -1)
-            batch.advantages = {i: rows[i] for i in self.trained}
+        advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage)
+        advantages = advantages * valid.all(0).double()  # 0: failed
+        all_.assign(batches, advantages.flatten())
         groups = group_statistics(values.mean(0), group_ids)
         lowest = self.parts.extra["reward_minimum"]
-        here = torch.isin(group_ids, torch.cat([b.group_ids for b in batches]))
+        here = torch.isin(group_ids, torch.cat([b.group_ids[: len(b.trajectory)] for b in batches]))
         order = torch.cat([here.nonzero().flatten(), (~here).nonzero().flatten()])  # this process's first
         self.seen = group_ids[order], (rewards[-1] + lowest)[order]
-        labels = self.scorer.labels
-        named = {f"reward_{k}": float(v[-1].mean()) for k, v in zip(labels, parts)} if len(labels) > 1 else {}
+        last = zip(all_.labels, all_.parts.view(len(all_.parts), count, -1)[:, -1])
+        named = {f"reward_{label}": float(part.mean()) for label, part in last} if len(all_.labels) > 1 else {}
         return {
             "reward_mean": float(rewards[-1].mean()) + lowest,
             "instant_reward_first": float(rewards[0].mean()) + lowest,
@@ -219,18 +179,19 @@ class VGPO:
             "zero_std_groups": groups.zero_std_fraction,
             "temporal_weight_max": float(weights.max()),
             "advantage_abs_mean": advantages.abs().mean().item(),
-            "failed_scores": int((valid == 0).sum()),
+            "failed_scores": int((~valid).sum()),
             **named,
         }
 
     def backward(self, batch: Batch, scale: float) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch: one pipeline call, backward in each trained step. Returns sums to log."""
-        trajectory, advantages = batch.trajectory, batch.advantages
+        assert batch.advantages is not None
+        trajectory, advantages = batch.trajectory, batch.advantages.view(self.cfg.num_steps, -1)
         if self.cfg.kl_weight == 0:  # no forward for samples without signal
-            rows = torch.stack(list(advantages.values())).ne(0).any(0).nonzero().flatten().tolist()
+            rows = advantages[self.trained].ne(0).any(0).nonzero().flatten().tolist()
             if not rows:
                 return {}
-            trajectory, advantages = trajectory.take(rows), {i: a[rows] for i, a in advantages.items()}
+            trajectory, advantages = trajectory.take(rows), advantages[:, rows]
 
         def loss(i: int, prediction: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
             return self.loss(trajectory, i, prediction, advantages[i], reference)
@@ -258,39 +219,32 @@ class VGPO:
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, norms = self.cfg, []
-        sums: dict[str, Tensor] = {}
+        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
         for _ in range(cfg.inner_epochs):
             with self.run.stage("train"):
                 for batch in batches:
-                    scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
-                    add_sums(sums, self.backward(batch, scale))
-                norms.append(self.parts.apply_gradients(self.course.accelerator, step))
-        names = ["ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative"]
-        means = mean_over_processes(self.course.accelerator, sums, names + (["kl"] if cfg.kl_weight else []))
-        norm = max((n for n in norms if math.isfinite(n)), default=math.nan)
-        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
+                    updates.add(self.backward(batch, scale))
+                updates.apply()
+        return updates.values([*CLIPPED_STATS, *["kl"] * (cfg.kl_weight > 0)])
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
+    plan = preflight.make_plan(cfg, "vgpo", kinds=KINDS)
+    with open_course(cfg, plan, cfg.prompts_per_step) as course:
         trainer = VGPO(course)
         for step in course.steps():
-            groups = iteration_groups(
-                course.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
-            )
-            batches = trainer.sample(course.share(groups))
+            groups, (mine,) = course.groups(step, cfg.group_size, same_latents=cfg.same_latents)
+            batches = trainer.sample(mine)
             values = trainer.assign_advantages(batches)
             values |= trainer.update(step, batches)
-            images = cfg.prompts_per_step * cfg.group_size
-            course.end_step(values, shown([b.trajectory for b in batches]), *trainer.seen, images)
-    return course.plan.folder
+            course.end_step(values, shown(batches), *trainer.seen, len(groups) * cfg.group_size)
+    return plan.folder
 
 
 def cli(argv: list[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, prog="vgpo", description=(__doc__ or "").split("\n\n")[0])
-    outcome.run_or_say(lambda: main(cfg), "vgpo")
+    outcome.launch(main, Config, argv, "vgpo", __doc__)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from visalign.transitions.gaussian import Gaussian, at_least_float32, per_sample
 
 KLKind = Literal["gaussian", "flow_grpo", "x", "v"]
 StepWeight = Literal["none", "tempflow", "inverse_dt"]
+# Of `ppo_stats`, what trainers log
+CLIPPED_STATS = ("ratio_mean", "approx_kl", "clip_fraction", "clip_fraction_positive", "clip_fraction_negative")
 
 
 def clipped_surrogate(

@@ -19,6 +19,7 @@ from visalign.transitions import Schedule, Transition, make_transition, ode_of
 from visalign.worlds import resolve_model
 
 from .backprop_options import CYCLE, Config
+from .batches import cut
 from .data import Group
 from .evaluate import Extras
 from .gradients import GradedReward, check_built
@@ -54,15 +55,11 @@ def batches(
     block_of = blocks_of(cfg)
     inputs = {} if cfg.train_guidance is None else {"guidance_scale": cfg.train_guidance}
     for block in sorted(set(block_of)):
-        samples = [(g, k) for g in groups if block_of[g.index] == block for k in range(cfg.group_size)]
-        for start in range(0, len(samples), cfg.batch_size):
-            chosen = samples[start : start + cfg.batch_size]
-            ids, prompts = torch.tensor([g.index for g, _ in chosen]), [g.prompt for g, _ in chosen]
-            seeds, noise_seeds = [g.seeds[k] for g, k in chosen], [g.noise_seeds[k] for g, k in chosen]
-            batch = Batch(ids, prompts, seeds, noise_seeds, block, inputs)
+        for some in cut([g for g in groups if block_of[g.index] == block], cfg.batch_size):
+            batch = Batch(some.ids, some.prompts, some.seeds, some.noise_seeds, block, inputs)
             if pictures is not None and encode is not None:
-                drawn, condition = shown_to(cfg, generator, pictures, prompts, noise_seeds)
-                x0 = encode(drawn.pictures, prompts, **condition)
+                drawn, condition = shown_to(cfg, generator, pictures, some.prompts, some.noise_seeds)
+                x0 = encode(drawn.pictures, some.prompts, **condition)
                 batch = batch._replace(inputs=inputs | condition, drawn=drawn, x0=x0)
             yield batch
 
@@ -174,11 +171,16 @@ def prepare_memory(cfg: Config, generator: Generator) -> list[tuple[Any, str]]:
     return recomputed + [(vae, "_decode" if hasattr(vae, "_decode") else "decode")] * cfg.decode_checkpointing
 
 
+def check_kind(cfg: Config, kind: str | None) -> None:
+    """Raise ValueError for another kind of model than the method's; None: not known yet."""
+    wanted = {"srpo": "flow", "rg_lcm": "consistency"}.get(cfg.method, kind)
+    if kind not in (None, wanted):
+        raise ValueError(f"model: got a {kind} model, expected a {wanted} one for {cfg.method}")
+
+
 def check_model(cfg: Config, schedule: Schedule, transition: Transition, first_cut: int) -> None:
     """Raise ValueError for what only the loaded model tells."""
-    wanted = {"srpo": "flow", "rg_lcm": "consistency"}.get(cfg.method, schedule.kind)
-    if schedule.kind != wanted:
-        raise ValueError(f"model: got a {schedule.kind} model, expected a {wanted} one for {cfg.method}")
+    check_kind(cfg, schedule.kind)
     last = range(first_cut, cfg.num_steps)
     if cfg.kl_weight and not any(transition.std(schedule, i) > 0 for i in last):
         raise ValueError(f"kl_weight: got {cfg.kl_weight}, but no step of {list(last)} has noise, expected 0")

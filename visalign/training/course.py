@@ -1,6 +1,7 @@
 """A training under way: what a trainer's loop needs beside its algorithm.
 
-    with open_course(cfg, "vgpo", cfg.prompts_per_step) as course:
+    plan = make_plan(cfg, "vgpo")
+    with open_course(cfg, plan, cfg.prompts_per_step) as course:
         for step in course.steps():
             ...  # sample, score, learn
             course.end_step(values, drawn, group_ids, rewards, images)
@@ -9,58 +10,43 @@ Evaluation before and after, the hacking watch, metrics, pictures, checkpoints, 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.rollout import Trajectory
+from visalign.generator import Generator
 
 from . import outcome, preflight, setup
+from .batches import Batch, Scoring
 from .config import save_config
-from .data import Group, share_of
-from .evaluate import Evaluation
+from .data import Group, iteration_groups, share_of
+from .evaluate import Evaluation, Extras
+from .policy import scaled_change
 from .run import WATCH, Run
-from .scoring import Scored
 from .watching import roll_back, watch, watch_evaluation
 
 
-@dataclass
-class Gathered:
-    """The scores of all processes, group by group, in the same order on any number of processes.
+class Course:
+    """One process's part in a training.
 
     Attributes:
-        ids: (N,) ascending. parts: (P, N). shaped: (K, N). valid: (N,), 1 or, where a member failed, 0.
+        scoring: hands pictures to the reward, and gathers the scores of all processes.
+        scale: of the averaged weights, LoRA or difference to the start, where they are evaluated and exported.
+        extras: (rows, prompts) of some held-out prompts to the pipeline's inputs and the rewards' context, if any.
+        patience: evaluations under way without a better one after which training ends at the best; 0: it does not.
     """
 
-    ids: Tensor
-    parts: Tensor
-    shaped: Tensor
-    valid: Tensor
-    order: Tensor  # of the samples as gathered: process by process
-    start: int  # of this process's samples there
-    count: int
-
-    def mine(self, values: Tensor) -> Tensor:
-        """Of (..., N): this process's samples, in the order in which it gave them."""
-        return values[..., torch.argsort(self.order)][..., self.start : self.start + self.count]
-
-    def first_mine(self, values: Tensor) -> Tensor:
-        """Of (N,): all samples as gathered, the main process's first, as `watch` wants them."""
-        return values[torch.argsort(self.order)]
-
-
-class Course:
-    """One process's part in a training."""
-
-    def __init__(self, cfg: Any, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run):
+    def __init__(self, cfg: Any, plan: preflight.Plan, accelerator: Accelerator, parts: setup.Parts, run: Run) -> None:
         self.cfg, self.plan, self.accelerator, self.parts, self.run = cfg, plan, accelerator, parts, run
+        self.scoring = Scoring(run, parts.scorer, accelerator)
+        self.scale, self.patience = 1.0, 0
+        self.extras: Extras | None = None
         self._started = 0.0
-        self._stop = False
+        self._stop = self._ended = False
 
     def steps(self) -> Iterator[int]:
         """The iterations that are left, between the evaluation before and the one after."""
@@ -80,34 +66,27 @@ class Course:
                     raise RuntimeError(f"step {step}: got no end_step, expected one in each iteration")
                 if self._stop:
                     break
-            if parts.step == cfg.steps or run.stopping == WATCH:
-                if run.stopping == WATCH and cfg.monitor == "rollback":
+            if parts.step == cfg.steps or run.stopping == WATCH or self._ended:
+                if self._ended or run.stopping == WATCH and cfg.monitor == "rollback":
                     roll_back(run, parts)
-                outcome.finish(run, cfg, self.plan, parts, self._evaluate())
+                outcome.finish(run, cfg, self.plan, parts, self._evaluate(), self._weights())
 
-    def share(self, groups: Sequence[Group]) -> list[Group]:
-        """This process's groups."""
-        return share_of(groups, self.accelerator.process_index, self.accelerator.num_processes)
+    def groups(
+        self, step: int, size: int, updates: int = 1, same_latents: bool = False
+    ) -> tuple[list[Group], list[list[Group]]]:
+        """The groups of an iteration, `size` samples each, and of each update's this process's share: whole groups."""
+        cfg, accelerator = self.cfg, self.accelerator
+        groups = iteration_groups(self.plan.prompts, step, cfg.prompts_per_step, size, cfg.seed, same_latents)
+        count = len(groups) // updates
+        shares = [groups[k : k + count] for k in range(0, len(groups), count)]
+        return groups, [share_of(share, accelerator.process_index, accelerator.num_processes) for share in shares]
 
-    def gather(self, group_ids: Tensor, scored: Sequence[Scored]) -> Gathered:
-        """The scores of all processes, which all hold as many.
-
-        Args:
-            group_ids: (n,) of this process's samples; each group is on one process.
-            scored: of the same samples, in pieces.
-        """
-        accelerator, device = self.accelerator, self.accelerator.device
-        ids = accelerator.gather(group_ids.to(device)).cpu()
-        rows = accelerator.gather(torch.cat([s.rows for s in scored]).to(device)).cpu()
-        order = torch.argsort(ids, stable=True)
-        rows, labels = rows[order].T, len(self.parts.scorer.labels)
-        count = len(ids) // accelerator.num_processes
-        start = accelerator.process_index * count
-        return Gathered(ids[order], rows[:labels], rows[labels:-1], rows[-1], order, start, count)
+    def _weights(self) -> dict[str, Tensor]:
+        return scaled_change(self.parts.policy, self.parts.average.values, self.scale)
 
     def _evaluate(self, count: int | None = None) -> Evaluation:
-        prompts = self.plan.eval_prompts[:count]
-        return setup.evaluate_average(self.run, self.cfg, self.parts, self.accelerator, prompts)
+        prompts, values = self.plan.eval_prompts[:count], self._weights()
+        return setup.evaluate_with(values, self.run, self.cfg, self.parts, self.accelerator, prompts, self.extras)
 
     def end_step(
         self,
@@ -121,46 +100,56 @@ class Course:
 
         Args:
             values: to log; "reward_mean" among them.
-            drawn: images and prompts of this process.
+            drawn: images and prompts of this process; where there are none, nothing is watched.
             group_ids, rewards: (N,) of all processes, the main one's first.
             images: sampled in this iteration, on all processes.
         """
         cfg, run, parts = self.cfg, self.run, self.parts
         step = parts.step
-        values |= watch(run, parts, step + 1, drawn, group_ids, rewards, values.get("kl"))
+        if drawn:
+            values |= watch(run, parts, step + 1, drawn, group_ids, rewards, values.get("kl"))
         parts.after_step(step + 1, time.monotonic() - self._started, images)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:  # also when stopping: as the unbroken run
             evaluation = self._evaluate(cfg.eval_during)
             values |= outcome.evaluation_values(evaluation)
             watch_evaluation(run, parts, step + 1, evaluation, values)
             setup.keep_best(parts, evaluation)
-        self._stop = setup.stopping(run, self.accelerator)
+        if self.patience and parts.best is not None:
+            self._ended = step + 1 - parts.best[1] >= self.patience * cfg.eval_every
+        self._stop = setup.stopping(run, self.accelerator) or self._ended
         run.log(step + 1, {**values, "learning_rate": parts.learning_rate(step)})
-        if step % max(1, cfg.steps // 10) == 0:
+        if drawn and step % max(1, cfg.steps // 10) == 0:
             run.save_grid(f"step-{step + 1}.png", drawn[0][0][:16])
         # After the log: what a kill in between leaves in it is dropped at resume, and written again.
         setup.checkpoint(run, cfg, parts, self.accelerator, last=self._stop or step + 1 == cfg.steps)
         run.advance(step + 1, f"reward {values['reward_mean']:.3f}")
         if self._stop:
-            run.say(f"stopped after step {step + 1} of {cfg.steps}; go on with --resume {self.plan.folder}")
+            said = "no better evaluation since" if self._ended else f"go on with --resume {self.plan.folder}"
+            run.say(f"stopped after step {step + 1} of {cfg.steps}; {said}")
 
 
 @contextmanager
-def open_course(cfg: Any, trainer: str, prompts_per_update: int) -> Iterator[Course]:
-    """Check all that can be checked, then load; afterwards, threads and files are closed.
+def open_course(
+    cfg: Any,
+    plan: preflight.Plan,
+    prompts_per_update: int,
+    inputs: Callable[[Generator], dict[str, Any]] | None = None,
+    component: str | None = None,
+) -> Iterator[Course]:
+    """Load what the plan says; afterwards, threads and files are closed.
 
     Args:
-        trainer: its name, of the run folder.
         prompts_per_update: groups that the processes share.
+        inputs: of the pipeline's calls, for those that need more than prompts (for one prompt).
+        component: module that is trained; None: the main one.
 
     Raises:
-        ValueError: a mistake in the options; nothing is loaded or written then.
+        ValueError: processes that cannot share the groups, before anything is loaded; or what only the model tells.
     """
-    plan = preflight.make_plan(cfg, trainer)
     accelerator = Accelerator()
     preflight.check_shares(prompts_per_update, accelerator)
     plan.folder = setup.same_on_all(plan.folder)
-    parts = setup.build(cfg, plan, accelerator)
+    parts = setup.build(cfg, plan, accelerator, inputs, component)
     run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=parts.step)
     try:
         yield Course(cfg, plan, accelerator, parts, run)
@@ -170,6 +159,7 @@ def open_course(cfg: Any, trainer: str, prompts_per_update: int) -> Iterator[Cou
     accelerator.end_training()
 
 
-def shown(trajectories: Sequence[Trajectory]) -> list[tuple[Tensor, Sequence[str]]]:
+def shown(batches: Sequence[Batch]) -> list[tuple[Tensor, Sequence[str]]]:
     """Images and prompts, as `Course.end_step` wants them."""
+    trajectories = [b.trajectory for b in batches]
     return [(t.images, t.prompts) for t in trajectories if t.images is not None]

@@ -1,13 +1,17 @@
-"""Gradients from recorded steps: one pipeline call, with a backward pass inside each step."""
+"""Gradients from recorded steps, by one pipeline call with a backward pass inside each; and the updates with them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.generator import Generator
 
+from .optimization import mean_over_processes
 from .policy import Policy
+from .setup import Parts
 
 StepLoss = Callable[[int, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 
@@ -53,3 +57,32 @@ def add_sums(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     """Add each entry of `more` to that of `total`."""
     for name, value in more.items():
         total[name] = total[name] + value if name in total else value
+
+
+class Updates:
+    """The optimiser updates of one iteration, and what they have to tell.
+
+    updates = Updates(parts, accelerator, step)
+    for batch in batches:
+        updates.add(add_gradients(...))
+    updates.apply()
+    """
+
+    def __init__(self, parts: Parts, accelerator: Accelerator, step: int) -> None:
+        self.parts, self.accelerator, self.step = parts, accelerator, step
+        self.sums: dict[str, Tensor] = {}
+        self.norms: list[float] = []
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Take in what a micro-batch's gradients gave to log."""
+        add_sums(self.sums, sums)
+
+    def apply(self) -> None:
+        """Update by the gradients of all processes, unless they are not finite."""
+        self.norms.append(self.parts.apply_gradients(self.accelerator, self.step))
+
+    def values(self, names: Sequence[str]) -> dict[str, float]:
+        """What to log: means of these statistics over all processes, the largest gradient norm, updates left out."""
+        means = mean_over_processes(self.accelerator, self.sums, names)
+        norm = max((n for n in self.norms if math.isfinite(n)), default=math.nan)
+        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}

@@ -2,16 +2,19 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .config import parse_config
 from .evaluate import Evaluation, paired_interval
 from .options import CommonConfig
 from .preflight import Plan
 from .report import write_report, write_summary
 from .run import Run, peak_memory
 from .setup import Parts
+
+C = TypeVar("C")
 
 
 def announce(run: Run, cfg: CommonConfig, plan: Plan, parts: Parts) -> None:
@@ -47,19 +50,15 @@ def finish(
     plan: Plan,
     parts: Parts,
     after: Evaluation,
-    values: dict[str, Tensor] | None = None,
+    values: dict[str, Tensor],
 ) -> None:
-    """The LoRA, summary.json, report.html, and the last lines on the screen. Main process only.
-
-    `values` are the weights to export; None: the average.
-    """
+    """The weights `values`, summary.json, report.html, and the last lines on the screen. Main process only."""
     assert parts.before is not None
     say_evaluation(run, after, "after")
     run.log(parts.step, evaluation_values(after))
     if not run.main:
         return
-    exported = parts.average.values if values is None else values
-    parts.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", exported)
+    parts.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", values)
     summary: dict[str, Any] = {}
     for name, before in parts.before.scores.items():
         summary |= {
@@ -89,10 +88,14 @@ def finish(
     run.say(f"trained {parts.train_seconds:.0f} s on {parts.images_sampled} images; look at {report}")
 
 
-def run_or_say(train: Callable[[], Any], prog: str) -> None:
-    """Run a trainer's main; a mistake, or a failed reward, ends with one line on stderr and exit status 2."""
+def launch(train: Callable[[C], Any], config: type[C], argv: list[str] | None, prog: str, text: str | None) -> None:
+    """A trainer's command line: its options, then the training. The first paragraph of `text` describes it.
+
+    A mistake, or a failed reward, ends with one line on stderr and exit status 2.
+    """
+    cfg = parse_config(config, argv, prog=prog, description=(text or "").split("\n\n")[0])
     try:
-        train()
+        train(cfg)
     except (ValueError, OSError) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

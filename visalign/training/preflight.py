@@ -39,15 +39,25 @@ class Plan:
     context: PromptContext = field(default_factory=PromptContext)  # metadata and references of the prompts
 
 
-def make_plan(cfg: CommonConfig, trainer: str = "flow_grpo", sets: tuple[list[str], list[str]] | None = None) -> Plan:
+def make_plan(
+    cfg: CommonConfig,
+    trainer: str = "flow_grpo",
+    sets: tuple[list[str], list[str]] | None = None,
+    kinds: Collection[str] | None = None,
+) -> Plan:
     """Check everything that can be checked before a model loads.
 
-    `sets` are the training and held-out prompts where they do not come from the options of that name.
+    Args:
+        trainer: its name, of the run folder.
+        sets: the training and held-out prompts where they do not come from the options of that name.
+        kinds: of model that the trainer takes; None: all.
 
     Raises:
         ValueError: one line that names the option, what was given and what is accepted.
     """
     model = resolve_model(cfg.model)
+    if kinds is not None:
+        check_kind(cfg.model, kind_of_folder(model), kinds)
     parse_spec(cfg.reward)
     resume = None if cfg.resume is None else ckpt.find_checkpoint(Path(cfg.resume))
     folder = Path(

@@ -135,21 +135,20 @@ def build(
     return parts
 
 
-def evaluate_average(
+def evaluate_with(
+    values: dict[str, Tensor],
     run: Run,
     cfg: CommonConfig,
     parts: Parts,
     accelerator: Accelerator,
     prompts: list[str],
-    *,
-    values: dict[str, Tensor] | None = None,
     extras: Extras | None = None,
 ) -> Evaluation:
-    """The averaged weights on held-out prompts, by their usual sampler; the same on any number of processes.
+    """The policy with these weights on held-out prompts, by their usual sampler; the same on any number of processes.
 
-    `values` are other weights in their place, `extras` as of `evaluate`.
+    `extras` as of `evaluate`.
     """
-    with run.stage("evaluate"), parts.policy.swapped(parts.average.values if values is None else values):
+    with run.stage("evaluate"), parts.policy.swapped(values):
         return evaluate(
             parts.generator,
             sampler_of(parts.generator.schedule),
