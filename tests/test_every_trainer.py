@@ -47,6 +47,7 @@ CASES = {
     ),
 }
 ONE_EACH = [name for name in CASES if name not in ("ddpo rebel", "b2_diffurl")]
+SHARED = [name for name in CASES if name != "ddpo"]  # tried on two processes
 MODELS = {"flow": "Stable Diffusion 3", "diffusion": "Stable Diffusion 1.5", "consistency": "LCM"}
 REWARD = '''
 """Brightness, below 0 (or not a number, where the environment says so), with a gradient; it writes down its scores."""
@@ -119,9 +120,9 @@ def test_stopped_by_sigterm_and_resumed_equals_unbroken(given, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def two_processes(given, tmp_path_factory):
-    """The folder of one step of every case by two processes, which run one case after the other."""
+    """The folder of one step of every shared case by two processes, which run one after the other."""
     folder = tmp_path_factory.mktemp("two")
-    runs = {name: (CASES[name].module.__name__, sharable(given[name])) for name in CASES}
+    runs = {name: (CASES[name].module.__name__, sharable(given[name])) for name in SHARED}
     return run_on_two_processes(runs, folder)
 
 
@@ -130,7 +131,8 @@ def sharable(options):
     return {**options, "steps": 1, "prompts_per_step": 4, "eval_during": 3}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
 def test_two_processes_sample_the_same_and_make_the_same_first_update_as_one(
     given, two_processes, tmp_path, monkeypatch, name
 ):
