@@ -58,7 +58,7 @@ class Rows:
         from visalign.training import setup
 
         self.count, self.parts, self.paused = 0, None, False
-        build, evaluate = setup.build, setup.evaluate_average
+        build, evaluate = setup.build, setup.evaluate_with
 
         def counted(*args, **kwargs):
             self.parts = build(*args, **kwargs)
@@ -72,7 +72,7 @@ class Rows:
             finally:
                 self.paused = False
 
-        setup.build, setup.evaluate_average = counted, uncounted
+        setup.build, setup.evaluate_with = counted, uncounted
 
     def add(self, _module, args, kwargs) -> None:
         if not self.paused:

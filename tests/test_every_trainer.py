@@ -74,11 +74,11 @@ def given(world_files, tmp_path_factory):
     for kind, family in MODELS.items():
         tiny_pipelines.make(family).save_pretrained(folder / kind)
         (folder / kind / "visalign.json").write_text(json.dumps(dict(call_kwargs=dict(height=32, width=32))))
-    (world_files / "dark.py").write_text(REWARD)
+    (world_files / "dim.py").write_text(REWARD)
     every = dict(
         prompts=str(world_files / "train.txt"),
         eval_prompts=str(world_files / "test.txt"),
-        reward=f"{world_files / 'dark.py'}:dark",
+        reward=f"{world_files / 'dim.py'}:dark",
         judges="jpeg_compressibility",
         guidance_scale=1.0,
         steps=2,
