@@ -16,7 +16,7 @@ from trainer_checks import (
     stop_in_step,
 )
 
-from visalign.trainers import ddpo, flow_grpo, reward_backprop, tree_grpo, vgpo
+from visalign.trainers import adjoint_matching, ddpo, flow_grpo, reward_backprop, tree_grpo, vgpo
 from visalign.training import setup
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.hacking import Finding
@@ -42,6 +42,7 @@ CASES = {
     "vgpo": Case(vgpo, vgpo.VGPO, "flow", dict(group_size=2, kl_weight=0.1)),
     "tree_grpo": Case(tree_grpo, tree_grpo.TreeGRPO, "flow", dict(split_steps=(0, 2))),
     "b2_diffurl": Case(tree_grpo, tree_grpo.TreeGRPO, "diffusion", dict(sampler="ddim", eta=1.0, **TREE)),
+    "adjoint_matching": Case(adjoint_matching, adjoint_matching.AdjointMatching, "flow", dict(reward_scale=10.0)),
     "reward_backprop": Case(
         reward_backprop, reward_backprop.RewardBackprop, "flow", dict(method="alignprop", lora_scale=0.5)
     ),
@@ -199,7 +200,7 @@ def test_a_reward_that_is_not_a_number_ends_the_run_with_one_line_or_is_not_lear
 
     monkeypatch.setattr(case.trainer, "__init__", built)
     options = argv({**given[name], "steps": 1, "run_dir": tmp_path / "run"})
-    if name == "reward_backprop":  # its gradient is none, and is skipped as such
+    if name in ("reward_backprop", "adjoint_matching"):  # its gradient is none, and is skipped as such
         case.module.cli(options)
         line = lines(tmp_path / "run")[1]
         assert line["skipped_updates"] == 1 and line["scored"] == 0 and line["reward_mean"] is None
@@ -245,6 +246,7 @@ KINDS = {
     "vgpo": ("consistency", {}, "a consistency model, expected a flow model; the trainer for it is ddpo"),
     "tree_grpo": ("diffusion", {}, "sampler: got 'flow_sde' on a diffusion model, expected a flow model"),
     "b2_diffurl": ("flow", {}, "sampler: got 'ddim' on a flow model, expected a diffusion model"),
+    "adjoint_matching": ("consistency", {}, "a consistency model, expected a flow or diffusion model; the trainer for"),
     "reward_backprop": ("diffusion", dict(method="srpo"), "a diffusion model, expected a flow one for srpo"),
 }
 

@@ -11,6 +11,7 @@ from visalign.worlds import PARTS
 TRAINERS = {
     "flow_grpo": "GRPO for flow-matching models (the default)",
     "ddpo": "DDPO, RLCM and TexForce for diffusion and consistency models",
+    "adjoint_matching": "the base tilted by a differentiable reward, by regression on adjoints",
     "reward_backprop": "gradients of a differentiable reward: DRaFT, AlignProp, ReFL, SRPO and others",
     "vgpo": "a value for each denoising step",
     "tree_grpo": "images of a prompt branch: BranchGRPO, TreeGRPO, TempFlow-GRPO, TP-GRPO, B2-DiffuRL",

@@ -19,7 +19,7 @@ from visalign.transitions import Schedule, Transition, make_transition, ode_of
 from visalign.worlds import resolve_model
 
 from .backprop_options import CYCLE, Config
-from .batches import cut
+from .batches import Samples, cut
 from .data import Group
 from .evaluate import Extras
 from .gradients import GradedReward, check_built
@@ -199,7 +199,7 @@ class Learnt:
         total, count = self.sums.get(name, (0.0, 0))
         self.sums[name] = total + values.detach().float().sum(), count + values.numel()
 
-    def show(self, batch: Batch, images: Tensor | None, rewards: Tensor | None) -> None:
+    def show(self, batch: Batch | Samples, images: Tensor | None, rewards: Tensor | None) -> None:
         """One picture of each sample; those without a finite reward are left out of the watch."""
         rewards = torch.full((len(batch.ids),), math.nan) if rewards is None else rewards.detach().float().cpu()
         rewards = torch.where(rewards.isfinite(), rewards, math.nan)
@@ -211,7 +211,7 @@ class Learnt:
 
     def joined(self, accelerator: Accelerator) -> tuple[dict[str, float], Tensor, Tensor]:
         """Means over all processes, and ids and rewards (M,) of the scored samples, this process's first."""
-        names = ["saturated", "data_loss", "consistency_loss", "doubt", "anchor", "kl"]
+        names = ["saturated", "data_loss", "consistency_loss", "doubt", "anchor", "kl", "adjoint_norm"]
         device = accelerator.device
         rows = [torch.tensor([float(x) for x in self.sums.get(name, (0, 0))], dtype=torch.float64) for name in names]
         sums = accelerator.reduce(torch.stack(rows).to(device), "sum").cpu()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ def add_gradients(
     loss: StepLoss,
     scale: float,
     reference: Policy | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of `scale` times the sum of all losses to the weights'.
 
@@ -32,15 +34,17 @@ def add_gradients(
         loss: (step, prediction, prediction of the reference or None) to the losses (any number,) of the step and
             statistics, means over them.
         reference: the policy whose base model predicts too, without gradient; None: not needed.
+        inputs: arguments of the pipeline for these calls.
 
     Returns:
         Sums of the statistics over all losses, and their number as "count".
     """
     base: dict[int, Tensor] = {}
     sums: dict[str, Tensor] = {}
+    call = dict(inputs or {})
     if reference is not None:
         with reference.reference():
-            generator.denoise(prompts, seeds, lambda i, _x, p: base.update({i: p}), latents=states)
+            generator.denoise(prompts, seeds, lambda i, _x, p: base.update({i: p}), latents=states, **call)
 
     def learn(i: int, _latents: Tensor, prediction: Tensor) -> None:
         losses, stats = loss(i, prediction, base.get(i))
@@ -49,7 +53,7 @@ def add_gradients(
         for name, value in {**stats, "count": torch.ones_like(count)}.items():
             sums[name] = sums.get(name, torch.zeros_like(count)) + value * count
 
-    generator.denoise(prompts, seeds, learn, latents=states)
+    generator.denoise(prompts, seeds, learn, latents=states, **call)
     return sums
 
 

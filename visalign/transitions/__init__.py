@@ -22,6 +22,7 @@ from visalign.transitions.flow import (
     velocity_to_noise,
 )
 from visalign.transitions.gaussian import Gaussian, unscaled_log_prob
+from visalign.transitions.memoryless import MemorylessFlow
 from visalign.transitions.schedule import Schedule
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "FlowODE",
     "FlowSDE",
     "Gaussian",
+    "MemorylessFlow",
     "Schedule",
     "Transition",
     "consistency_step",
@@ -215,11 +217,15 @@ class Consistency:
         )
 
 
-_TRANSITIONS: dict[str, type] = {maker.name: maker for maker in (FlowODE, FlowSDE, DanceSDE, CPS, DDIM, Consistency)}
+_TRANSITIONS: dict[str, type] = {
+    maker.name: maker for maker in (FlowODE, FlowSDE, DanceSDE, CPS, MemorylessFlow, DDIM, Consistency)
+}
 
 
 def make_transition(name: str, **options: Any) -> Transition:
-    """Make a transition by name: flow_ode, flow_sde, dance_sde, cps, ddim, consistency; options are its fields (eta).
+    """Make a transition by name: flow_ode, flow_sde, dance_sde, cps, memoryless_flow, ddim, consistency.
+
+    Options are its fields (eta, where it has one).
 
     Raises:
         ValueError: an unknown name or option; the error names the nearest valid one.
