@@ -63,7 +63,9 @@ class Rows:
 
         def counted(*args, **kwargs):
             self.parts = build(*args, **kwargs)
-            self.parts.generator.denoiser.register_forward_pre_hook(self.add, with_kwargs=True)
+            layers = self.parts.generator.denoiser.modules()  # its first: passed only where it really runs
+            first = next(m for m in layers if not list(m.children()) and list(m.parameters()))
+            first.register_forward_pre_hook(self.add)
             return self.parts
 
         def uncounted(*args, **kwargs):
@@ -75,9 +77,9 @@ class Rows:
 
         setup.build, setup.evaluate_with = counted, uncounted
 
-    def add(self, _module, args, kwargs) -> None:
+    def add(self, _module, args) -> None:
         if not self.paused:
-            self.count += len(kwargs.get("hidden_states", kwargs.get("sample", args[0] if args else ())))
+            self.count += len(args[0])
 
 
 def train(name: str, steps: int, seed: int, prompts: int, folder: Path) -> tuple[Rows, float]:
