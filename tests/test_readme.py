@@ -80,3 +80,28 @@ def test_recipes_resolve_to_a_configuration(recipe):
     cfg = parse_config(config, ["--config", str(recipe)], prog=trainer, description="")
     assert cfg.model.count("/") == 1
     assert trainer != "flow_grpo" or cfg.make_window()(0)
+
+
+GUIDES = sorted((ROOT / "docs/methods").glob("*.md"))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)
+def test_commands_of_the_guides_to_methods_resolve_to_a_configuration(guide, tmp_path, monkeypatch):
+    """Those that start a training; what resuming does is tested with every trainer."""
+    from visalign.training.config import parse_config
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "trainers" / "recipes", tmp_path / "trainers" / "recipes")
+    Path("my_reward.py").write_text("def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    Path("prompts.txt").write_text("a dog\na cat\n")
+    lines = [line.split("#")[0] for line in guide.read_text().splitlines()]
+    found = [line for line in lines if line.startswith(("accelerate launch ", "visalign train "))]
+    assert found and "--config" in "".join(found)
+    for line in found:
+        _, _, script, *options = shlex.split(line)
+        trainer = Path(script).stem
+        assert trainer == guide.stem and trainer in cli.TRAINERS
+        if "--resume" not in options:
+            parse_config(
+                importlib.import_module(f"visalign.trainers.{trainer}").Config, options, prog="x", description=""
+            )
