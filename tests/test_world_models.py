@@ -1,5 +1,7 @@
 """The shipped models are what their card says, and load as anyone's would."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,11 @@ from visalign.worlds.shapes.scenes import place, sample_spec
 def test_all_weights_together_are_small():
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= 45e6
     assert (WEIGHTS / "CARD.md").is_file()
+
+
+def test_no_shipped_file_holds_a_path_of_the_machine_that_made_it():
+    for file in [*WEIGHTS.rglob("*.json"), WEIGHTS / "CARD.md"]:
+        assert not re.search(r"_name_or_path|/(home|root|tmp|work|Users)/", file.read_text()), file
 
 
 def strict_gold(model: str) -> float:

@@ -20,7 +20,7 @@ from visalign.generator import Generator
 from . import WEIGHTS
 from .build_diffusion import DDIM, make_unet, save_small
 from .build_flow import make_latents
-from .muon import MuonAndAdamW, warmup_cosine
+from .muon import MuonAndAdamW, follow, warmup_cosine
 from .text import MAX_TOKENS, make_tokenizer
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,8 @@ def train_consistency(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step(rate)
-        with torch.no_grad():
-            for average, decay in ((target, 0.95), (averaged, min(0.995, (1 + step) / (10 + step)))):
-                torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
+        follow(target, student, 0.95)
+        follow(averaged, student, min(0.995, (1 + step) / (10 + step)))
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
         if step % 50 == 0:
             log.info("consistency step %d loss %.4f seconds %.0f", step, recent, time.monotonic() - started)

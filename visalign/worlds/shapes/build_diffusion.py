@@ -6,7 +6,6 @@ The target has no variance of its own, so that a training step tells far more.
 """
 
 import copy
-import json
 import logging
 import math
 import time
@@ -21,8 +20,8 @@ from transformers import CLIPTextModel
 from visalign.generator import Generator
 
 from . import WEIGHTS
-from .build_flow import encode_captions, make_latents
-from .muon import MuonAndAdamW, warmup_cosine
+from .build_flow import encode_captions, finish_folder, make_latents
+from .muon import MuonAndAdamW, follow, warmup_cosine
 from .scenes import COLOURS, SHAPES
 from .text import MAX_TOKENS, make_tokenizer
 
@@ -141,9 +140,7 @@ def train_diffusion(
         (loss + 0.2 * (1 - progress) * plan).backward()  # its target varies, where the other does not
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step(rate)
-        decay = min(0.999, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)
+        follow(averaged, trained, min(0.999, (1 + step) / (10 + step)))
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
         planning = 0.98 * planning + 0.02 * plan.item() if step else plan.item()
         if step % 100 == 0:
@@ -181,9 +178,7 @@ def save_small(kind, unet, text_encoder, vae, scheduler, folder: Path | str, def
     unet, text_encoder, vae = (copy.deepcopy(module).half().eval() for module in (unet, text_encoder, vae))
     shipped = make_pipeline(kind, unet, text_encoder, vae, scheduler)
     shipped.save_pretrained(folder)
-    file = Path(folder, "text_encoder", "config.json")  # what transformers loads would else stay in fp16
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    Path(folder, "visalign.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    finish_folder(folder, ("text_encoder",), defaults)
     return shipped
 
 

@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from visalign.generator import Generator
 
 from .captions import caption
 from .drawing import draw, patch_labels
-from .muon import MuonAndAdamW, warmup_cosine
+from .muon import MuonAndAdamW, follow, warmup_cosine
 from .scenes import COLOURS, SHAPES, place, sample_spec
 from .text import MAX_TOKENS, make_tokenizer
 
@@ -183,9 +185,7 @@ def train_flow(
         (loss + 0.2 * plan).backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step(rate)
-        decay = min(0.999, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)
+        follow(averaged, trained, min(0.999, (1 + step) / (10 + step)))
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
         planning = 0.98 * planning + 0.02 * plan.item() if step else plan.item()
         if step % 100 == 0:
@@ -211,8 +211,19 @@ def save_flow(pipe: StableDiffusion3Pipeline, averaged: nn.ModuleList, folder: P
         tokenizer_3=None,
     )
     shipped.save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in fp32 as the rest is by default
-        file = Path(folder, name, "config.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    Path(folder, "visalign.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
+    finish_folder(folder, ("text_encoder", "text_encoder_2"), DEFAULTS)
     return shipped
+
+
+def finish_folder(folder: Path | str, text_encoders: Sequence[str], defaults: Mapping[str, Any]) -> None:
+    """What a saved pipeline of the world still needs: generation defaults, and configs without this machine's paths.
+
+    Text encoders are stored in fp16 and load in fp32, as the rest does by default.
+    """
+    for file in Path(folder).glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        if file.parent.name in text_encoders:
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    Path(folder, "visalign.json").write_text(json.dumps(defaults, indent=2) + "\n")

@@ -86,6 +86,12 @@ def warmup_cosine(step: int, warmup: int, progress: float) -> float:
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
 
 
+@torch.no_grad()
+def follow(averaged: nn.Module, trained: nn.Module, decay: float) -> None:
+    """One step of an exponential moving average of a module's weights."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)
+
+
 def hidden_matrices(module: nn.Module) -> list[Tensor]:
     """The parameters Muon is for: those of linear and convolutional layers, but the smallest and norms' modulation."""
     kinds = (nn.Linear, nn.Conv2d)
