@@ -263,6 +263,6 @@ def _failing_sample(reward: Reward, images: Tensor, prompts: list[str], context:
         try:
             with torch.no_grad():
                 reward(images[n : n + 1], prompts[n : n + 1], context and take_context(context, [n], len(prompts)))
-        except Exception:
+        except Exception:  # of any type: which sample raises is all that is asked
             return n
     return None
