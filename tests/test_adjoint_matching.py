@@ -247,6 +247,19 @@ def test_smoothing_averages_gradients_of_copies(course):
     assert isinstance(rough.transition, MemorylessFlow)
 
 
+def test_a_diffusion_whose_last_step_has_noise_is_trained_too(course, tmp_path):
+    changes = dict(model="shapes-diffusion", num_steps=4, steps=1, run_dir=str(tmp_path / "run"), judges="")
+    cfg = replace(course.cfg, **changes)
+    with open_course(cfg, make_plan(cfg, "adjoint_matching"), cfg.prompts_per_step) as other:
+        trainer = AdjointMatching(other)
+        some, trajectory = drawn(trainer)
+        states, found = trainer.adjoints(some, trajectory, Learnt())
+        assert sorted(states) == [0, 1, 2, 3] and sorted(found) == [0, 1, 2, 3, 4]
+        groups = iteration_groups(other.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed)
+        values = trainer.update(0, groups)[0]
+        assert values["skipped_updates"] == 0 and values["matching_loss"] > 0
+
+
 def test_updates_raise_the_reward(course):
     trainer = trainer_of(course, learning_rate=3e-3, reward_scale=30.0)
     groups = iteration_groups(trainer.course.plan.prompts, 0, 2, 1, 0)
@@ -267,7 +280,7 @@ def test_updates_raise_the_reward(course):
         (dict(trained_share=0.6), "trained_share: got 0.6"),
         (dict(outlier_limit=-1), "outlier_limit: got -1"),
         (dict(train_guidance=0), "train_guidance: got 0"),
-        (dict(reward="jpeg_compressibility"), "reward: got 'jpeg_compressibility', which has no gradient"),
+        (dict(reward="jpeg_compressibility"), "can be used by ddpo, flow_grpo, tree_grpo, vgpo"),
         (dict(model="shapes-consistency"), "model: got 'shapes-consistency', a consistency model"),
     ],
 )

@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.cli import TRAINERS
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
 from visalign.rollout import Trajectory, rollout
 from visalign.seeds import derived_seed, step_noise
@@ -26,12 +25,11 @@ from visalign.training.backprop_parts import Learnt
 from visalign.training.batches import Samples, cut
 from visalign.training.course import Course, open_course
 from visalign.training.data import Group
-from visalign.training.gradients import GradedReward, check_built, check_differentiable
+from visalign.training.gradients import OTHERS, GradedReward, check_built, check_differentiable
 from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import DDIM, MemorylessFlow, Transition
 
 KINDS = ("flow", "diffusion")
-OTHERS = sorted(set(TRAINERS) - {"adjoint_matching", "reward_backprop"})  # trainers for rewards without gradient
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,9 @@ class AdjointMatching:
 
     def adjoints(self, some: Samples, trajectory: Trajectory, learnt: Learnt) -> tuple[dict[int, Tensor], ...]:
         """All states, and the lean adjoints, which belong to the base model."""
-        last = self.noisy[-1]
-        states = {**trajectory.latents, last + 1: trajectory.next_latents[last]}
+        states, last = dict(trajectory.latents), self.noisy[-1]
+        if last + 1 < self.cfg.num_steps:  # a last step without noise is not on record
+            states[last + 1] = trajectory.next_latents[last]
 
         def mean(k: int, x: Tensor) -> Tensor:
             prediction = self.generator.predict(x, k, some.prompts, some.seeds, **self.inputs)

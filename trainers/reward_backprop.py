@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from visalign.backprop import checkpointed, truncated_rollout
-from visalign.cli import TRAINERS
 from visalign.encoding import Encoder
 from visalign.generator import Generator
 from visalign.noising import add_noise, one_step_estimate, training_target
@@ -50,12 +49,10 @@ from visalign.training.backprop_parts import (
 )
 from visalign.training.course import Course, open_course
 from visalign.training.data import Group
-from visalign.training.gradients import check_differentiable
+from visalign.training.gradients import OTHERS, check_differentiable
 from visalign.training.pictures import DrawnShapes, PictureFolder, open_pictures
 from visalign.transitions import ddim
 from visalign.worlds import resolve_model
-
-OTHERS = sorted(set(TRAINERS) - {"reward_backprop"})  # trainers for rewards without gradient
 
 
 class Estimate(NamedTuple):
