@@ -7,6 +7,7 @@ import pytest
 import torch
 from trainer_checks import refused
 
+from visalign.cli import TRAINERS
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
 from visalign.trainers import adjoint_matching
 from visalign.trainers.adjoint_matching import AdjointMatching, Config
@@ -14,6 +15,7 @@ from visalign.training.backprop_parts import Learnt
 from visalign.training.batches import cut
 from visalign.training.course import Course, open_course
 from visalign.training.data import iteration_groups
+from visalign.training.gradients import OTHERS
 from visalign.training.preflight import make_plan
 from visalign.transitions import MemorylessFlow, flow_sde, make_transition
 from visalign.transitions.memoryless import memoryless_diffusion, memoryless_flow
@@ -270,6 +272,10 @@ def test_updates_raise_the_reward(course):
     course.parts.learning_rate = known
     course.parts.policy.load(fresh)
     assert rewards[-1] > rewards[0]
+
+
+def test_every_trainer_takes_rewards_without_gradient_or_differentiates_them():
+    assert {*OTHERS, "adjoint_matching", "reward_backprop"} == set(TRAINERS)
 
 
 @pytest.mark.parametrize(

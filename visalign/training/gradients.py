@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.cli import TRAINERS
 from visalign.objectives.reward_gradient import (
     Objective,
     augment,
@@ -21,7 +20,7 @@ from visalign.rewards.base import reward_factory
 from visalign.rewards.output import as_output
 from visalign.seeds import derived_seed
 
-OTHERS = sorted(set(TRAINERS) - {"adjoint_matching", "reward_backprop"})  # trainers for rewards without gradient
+OTHERS = ("ddpo", "flow_grpo", "tree_grpo", "vgpo")  # trainers for rewards without gradient
 
 
 def check_differentiable(spec: Any, others: Sequence[str]) -> None:
