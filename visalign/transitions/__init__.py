@@ -14,6 +14,8 @@ from visalign.transitions.flow import (
     dance_sde,
     dance_sde_std,
     dpm_solver_2m,
+    flow_ddim,
+    flow_ddim_std,
     flow_ode,
     flow_sde,
     flow_sde_std,
@@ -30,6 +32,7 @@ __all__ = [
     "DDIM",
     "Consistency",
     "DanceSDE",
+    "FlowDDIM",
     "FlowODE",
     "FlowSDE",
     "Gaussian",
@@ -41,9 +44,11 @@ __all__ = [
     "dance_sde",
     "ddim",
     "dpm_solver_2m",
+    "flow_ddim",
     "flow_ode",
     "flow_sde",
     "make_transition",
+    "noisy_of",
     "ode_of",
     "sampler_of",
     "shift_sigmas",
@@ -162,6 +167,28 @@ class CPS:
 
 
 @dataclass(frozen=True)
+class FlowDDIM:
+    """DDIM's family on a flow, see `flow_ddim`: the noisy sampler of searches; its last step is deterministic."""
+
+    name: ClassVar[str] = "flow_ddim"
+    eta: float = 1.0  # in [0, 1]; 0 is the ODE, 1 draws all the noise afresh that the path allows
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def std(self, schedule: Schedule, step_index: int) -> float:
+        return flow_ddim_std(*_levels(schedule, step_index, "flow", self.name), self.eta)
+
+    def __call__(
+        self, schedule: Schedule, step_index: int, latents: Tensor, prediction: Tensor
+    ) -> tuple[Gaussian, Tensor]:
+        sigma, sigma_next = _levels(schedule, step_index, "flow", self.name)
+        gaussian = flow_ddim(latents, prediction, sigma, sigma_next, self.eta)
+        return gaussian, velocity_to_denoised(latents, prediction, sigma)
+
+
+@dataclass(frozen=True)
 class DDIM:
     """DDIM steps of a diffusion, see `ddim`."""
 
@@ -218,12 +245,12 @@ class Consistency:
 
 
 _TRANSITIONS: dict[str, type] = {
-    maker.name: maker for maker in (FlowODE, FlowSDE, DanceSDE, CPS, MemorylessFlow, DDIM, Consistency)
+    maker.name: maker for maker in (FlowODE, FlowSDE, DanceSDE, CPS, FlowDDIM, MemorylessFlow, DDIM, Consistency)
 }
 
 
 def make_transition(name: str, **options: Any) -> Transition:
-    """Make a transition by name: flow_ode, flow_sde, dance_sde, cps, memoryless_flow, ddim, consistency.
+    """Make a transition by name: flow_ode, flow_sde, dance_sde, cps, flow_ddim, memoryless_flow, ddim, consistency.
 
     Options are its fields (eta, where it has one).
 
@@ -241,6 +268,12 @@ def ode_of(schedule: Schedule) -> Transition:
         "consistency": Consistency(eta=0.0),
     }
     return kinds[schedule.kind]
+
+
+def noisy_of(schedule: Schedule, eta: float = 1.0) -> Transition:
+    """The DDIM family's step of the schedule's kind, with noise: what searches branch and resample by."""
+    kinds: dict[str, type] = {"flow": FlowDDIM, "diffusion": DDIM, "consistency": Consistency}
+    return kinds[schedule.kind](eta=eta)
 
 
 def sampler_of(schedule: Schedule) -> Transition:

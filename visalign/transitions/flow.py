@@ -102,6 +102,27 @@ def cps_std(sigma: float, sigma_next: float, eta: float = 0.8) -> float:
     return sigma_next * math.sin(eta * math.pi / 2)
 
 
+def flow_ddim(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, eta: float = 1.0) -> Gaussian:
+    """DDIM's family of steps (Song et al. 2020, arXiv:2010.02502) on the flow's path: alpha = 1 - sigma.
+
+    Mean alpha' x0 + sqrt(sigma'^2 - std^2) noise; the marginals are the path's own for every eta in [0, 1]. 0 is the
+    Euler step of the ODE, 1 the posterior of the path given x0. Finite from sigma 1, deterministic to sigma_next 0.
+    """
+    std = flow_ddim_std(sigma, sigma_next, eta)
+    denoised = velocity_to_denoised(latents, velocity, sigma)
+    noise = velocity_to_noise(latents, velocity, sigma)
+    return Gaussian.of((1 - sigma_next) * denoised + math.sqrt(max(sigma_next**2 - std**2, 0.0)) * noise, std)
+
+
+def flow_ddim_std(sigma: float, sigma_next: float, eta: float = 1.0) -> float:
+    """Std of one `flow_ddim` step: eta sigma' sqrt(1 - (alpha sigma')^2 / (alpha' sigma)^2)."""
+    _check_step(sigma, sigma_next)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}, expected within [0, 1]")
+    ratio = (1 - sigma) * sigma_next / ((1 - sigma_next) * sigma)
+    return eta * sigma_next * math.sqrt(1 - ratio**2)
+
+
 def dpm_solver_2m(
     latents: Tensor,
     denoised: Tensor,
