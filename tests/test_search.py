@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from search_toys import Quadrature, flow_schedule, toy_chain, vp_schedule
+
 from visalign.rewards import as_reward
 from visalign.search import BudgetExceeded, Ledger, best_of_n_kl, expected_best, run, snis_weights
 from visalign.search.best_of_n import best_of_n
@@ -53,7 +53,8 @@ def test_the_best_of_n_normal_draws_and_its_divergence_have_their_known_values()
     for n, expected in {2: 0.5642, 4: 1.0294, 8: 1.4236, 16: 1.7660, 32: 2.0697, 64: 2.3437}.items():
         curve = [expected_best(pool, n) for pool in pools]
         assert np.mean(curve) == pytest.approx(expected, abs=3 * np.std(curve) / 20)
-    assert [round(best_of_n_kl(n), 4) for n in (2, 4, 8, 16, 32, 64)] == [
+    kl = [best_of_n_kl(n) for n in (2, 4, 8, 16, 32, 64)]
+    assert kl == pytest.approx([, abs=1e-4)
         0.1931,
         0.6363,
         1.2044,
