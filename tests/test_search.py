@@ -54,14 +54,7 @@ def test_the_best_of_n_normal_draws_and_its_divergence_have_their_known_values()
         curve = [expected_best(pool, n) for pool in pools]
         assert np.mean(curve) == pytest.approx(expected, abs=3 * np.std(curve) / 20)
     kl = [best_of_n_kl(n) for n in (2, 4, 8, 16, 32, 64)]
-    assert kl == pytest.approx([, abs=1e-4)
-        0.1931,
-        0.6363,
-        1.2044,
-        1.8351,
-        2.4970,
-        3.1745,
-    ]
+    assert kl == pytest.approx([0.1931, 0.6363, 1.2044, 1.8351, 2.4970, 3.1745], abs=1e-4)
     assert expected_best([3.0, 1.0, 2.0], 1) == pytest.approx(2) and expected_best([3.0, 1.0, 2.0], 3) == pytest.approx(
         3
     )
