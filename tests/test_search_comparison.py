@@ -1,0 +1,103 @@
+"""Curves, intervals and budgets of searches: known answers."""
+
+import numpy as np
+import pytest
+from search_toys import toy_chain
+
+from visalign.search.best_of_n import best_of_n
+from visalign.search.budgets import grow_budget, share_budget, successive_halving
+from visalign.search.comparison import (
+    area,
+    at_budgets,
+    hacking_gate,
+    nfe_to_match,
+    paired_interval,
+    relative_area,
+    step_agreement,
+    trace_of,
+)
+
+
+def test_a_trace_is_read_at_or_before_each_budget():
+    assert np.array_equal(
+        at_budgets([(10, 1.0), (20, 3.0), (40, 4.0)], [5, 10, 39, 40, 99]), [np.nan, 1, 3, 4, 4], equal_nan=True
+    )
+    trace = trace_of(best_of_n(toy_chain(max_nfe=60, batch_size=2)))
+    assert [n for n, _ in trace] == [12, 24, 36, 48, 60] and trace == sorted(trace)
+
+
+def test_a_straight_line_in_log_nfe_is_matched_where_it_says():
+    budgets = [1, 2, 4, 8, 16]
+    curve = np.log2(budgets)  # 0 .. 4
+    assert nfe_to_match(budgets, curve, 2.5) == pytest.approx(2**2.5)
+    assert nfe_to_match(budgets, curve, 0.0) == 1 and nfe_to_match(budgets, curve, 4.1) == float("inf")
+    assert nfe_to_match(budgets, [0, 3, 1, 1, 4], 2.0) == pytest.approx(2 ** (2 / 3))  # a fall is not a loss
+    assert area(budgets, curve) == pytest.approx(2) and area(budgets, [5] * 5) == pytest.approx(5)
+    assert relative_area(budgets, 2 * curve + 1, curve + 1, base=1.0) == pytest.approx(2)
+
+
+def test_an_interval_is_of_prompts_not_of_pictures():
+    rng = np.random.default_rng(0)
+    by_prompt = rng.normal(1.0, 0.5, (200, 1))
+    few, many = paired_interval(by_prompt), paired_interval(np.repeat(by_prompt, 50, 1))
+    assert few == many  # repeats of a prompt add nothing
+    assert few.mean == pytest.approx(by_prompt.mean())
+    assert few.high - few.low == pytest.approx(2 * 1.96 * by_prompt.std() / 200**0.5, rel=0.1)
+    assert paired_interval(by_prompt, by_prompt).high == 0  # paired: no spread is left
+    covered = [abs(i.mean) < i.high - i.mean for i in (paired_interval(rng.normal(0, 1, 50)) for _ in range(200))]
+    assert 0.88 < np.mean(covered) < 0.99
+
+
+def test_the_gate_lets_noise_through_and_no_loss():
+    rng = np.random.default_rng(1)
+    base = rng.normal(0, 1, (100, 3))
+    assert hacking_gate(base + 0.1, base).passed and hacking_gate(base - 1e-9, base - 2e-9).passed
+    assert not hacking_gate(base - 0.5 + rng.normal(0, 0.1, base.shape), base).passed
+    noisy = hacking_gate(rng.normal(-0.01, 1, (100, 1)), np.zeros((100, 1)))
+    assert noisy.error == pytest.approx(0.1, rel=0.2)
+
+
+def test_few_steps_may_stand_for_all_only_where_they_rank_alike():
+    full = np.arange(20.0)
+    assert step_agreement(full**3, full) == (pytest.approx(1), True)
+    correlation, agree = step_agreement(np.roll(full, 7), full)
+    assert correlation < 0.5 and not agree
+    with pytest.raises(ValueError, match="at least 3"):
+        step_agreement([1, 2], [1, 2])
+
+
+def test_halving_finds_the_best_setting_for_less_than_trying_all():
+    asked = []
+
+    def evaluate(setting, prompts):
+        asked.append((setting, len(prompts)))
+        return -abs(setting - 5)
+
+    best, paid = successive_halving(range(9), [f"p{k}" for k in range(30)], evaluate)
+    assert best == 5 and paid == 9 * 3 + 3 * 9 == sum(n for _, n in asked) < 9 * 30
+    with pytest.raises(ValueError, match="candidates"):
+        successive_halving([], ["p"], evaluate)
+
+
+def test_a_budget_grows_until_doubling_no_longer_pays():
+    prompts = np.linspace(0.9, 1.1, 40)
+
+    def saturating(budget):
+        return prompts * (1 - 10 / budget)
+
+    found = grow_budget(saturating, 10, 10_000, base_std=1.0, min_gain=0.02)
+    gains = [(10 / d.budget) for d in found[1:]]  # of each doubling: 10 / (B / 2) - 10 / B
+    assert [d.budget for d in found] == [10 * 2**k for k in range(len(found))]
+    assert sum(g < 0.02 * 1.1 for g in gains) == 2 and gains[-2] < 0.022 < gains[-3]
+    assert [d.budget for d in grow_budget(lambda b: prompts * b, 10, 35, 1.0)] == [10, 20]
+
+
+def test_a_shared_budget_goes_where_it_pays_and_is_never_passed():
+    easy = toy_chain(max_nfe=0, batch_size=1)
+    hard = toy_chain(
+        max_nfe=0, batch_size=1, seed=1, reward=lambda images, prompts: -10.0 + 0 * images.flatten(1).sum(1)
+    )
+    chains = [easy, hard]
+    seen = [k for k, _ in share_budget([(c.ledger, best_of_n(c)) for c in chains], 600, enough=0.9)]
+    assert easy.best.reward >= 0.9 and seen.count(0) < 50  # stops when good enough
+    assert sum(c.ledger.nfe for c in chains) == 600 and seen.count(1) == 100 - seen.count(0)

@@ -1,0 +1,107 @@
+"""Searches against each other at equal cost: curves over NFE, intervals by prompt, and whether a reward was hacked.
+
+A trace is what `run` yields, as (nfe, best reward) pairs; a table of results is (prompts, seeds), paired by both.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from .chain import Event
+
+Trace = list[tuple[int, float]]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def trace_of(events: Iterable[Event]) -> Trace:
+    """(nfe, best reward) of each event that has a result; the rewards never fall."""
+    return [(event.nfe, event.best.reward) for event in events if event.best is not None]
+
+
+def at_budgets(trace: Trace, budgets: Sequence[int]) -> np.ndarray:
+    """The best reward reached with at most each budget, (B,); NaN where no result was finished by then."""
+    spent, best = np.array([n for n, _ in trace]), np.array([r for _, r in trace])
+    place = np.searchsorted(spent, budgets, side="right")
+    return np.array([best[k - 1] if k else np.nan for k in place])
+
+
+def paired_interval(values: np.ndarray, base: np.ndarray | float = 0.0, seed: int = 0) -> Interval:
+    """Mean of values - base with a bootstrap over prompts, whose seeds stay together.
+
+    Args:
+        values, base: (prompts, seeds), the same prompts and seeds in both; or (prompts,).
+    """
+    gains = np.asarray(values, float) - base
+    gains = gains.reshape(len(gains), -1).mean(1)
+    drawn = np.random.default_rng(seed).integers(0, len(gains), (RESAMPLES, len(gains)))
+    low, high = np.percentile(gains[drawn].mean(1), (2.5, 97.5))
+    return Interval(float(gains.mean()), float(low), float(high))
+
+
+def area(budgets: Sequence[int], curve: Sequence[float]) -> float:
+    """Mean height of a curve over log NFE (trapezoids)."""
+    x = np.log(budgets)
+    return float(np.trapezoid(curve, x) / (x[-1] - x[0]))
+
+
+def relative_area(budgets: Sequence[int], curve: Sequence[float], control: Sequence[float], base: float) -> float:
+    """Area of a curve above the base, in that of the control (best of N); 1 is as good."""
+    return (area(budgets, curve) - base) / (area(budgets, control) - base)
+
+
+def nfe_to_match(budgets: Sequence[int], curve: Sequence[float], target: float) -> float:
+    """The smallest NFE at which a curve reaches a reward, by lines in log NFE; infinity if it never does."""
+    reached = np.maximum.accumulate(np.asarray(curve, float))
+    k = int(np.searchsorted(reached, target))
+    if k == len(reached):
+        return float("inf")
+    if k == 0:
+        return float(budgets[0])
+    share = (target - reached[k - 1]) / (reached[k] - reached[k - 1])
+    return float(np.exp(np.log(budgets[k - 1]) + share * np.log(budgets[k] / budgets[k - 1])))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a reward that was not searched for stays: its gain over the base, that one's error, and the verdict."""
+
+    gain: float
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """The gain is no worse than one standard error below 0."""
+        return self.gain >= -self.error
+
+
+def hacking_gate(held_out: np.ndarray, base: np.ndarray) -> Gate:
+    """Scores (prompts, seeds) of a reward never searched for, of the results found and of the base's."""
+    gains = np.asarray(held_out, float) - np.asarray(base, float)
+    gains = gains.reshape(len(gains), -1).mean(1)
+    error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return Gate(float(gains.mean()), float(error))
+
+
+def step_agreement(few: Sequence[float], full: Sequence[float], least: float = 0.8) -> tuple[float, bool]:
+    """Spearman's rank correlation of rewards with few and with all steps, and whether few may stand for all (> 0.8).
+
+    Of the same initial noise, sample by sample: a search with few steps finds what is best with all only if they agree.
+    """
+    if len(few) != len(full) or len(few) < 3:
+        raise ValueError(f"few, full: got {len(few)} and {len(full)}, expected as many, and at least 3")
+    correlation = float(spearmanr(few, full).statistic)
+    return correlation, correlation > least
