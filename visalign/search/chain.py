@@ -110,6 +110,10 @@ class Chain:
         context: handed to the reward, as in `visalign.rewards.score`.
         inputs: arguments of the pipeline for every call.
 
+    Attributes:
+        words: what the generator is told; the prompt unless a method rewords it (`worded`). Noise and reward always
+            go by the prompt.
+
     Raises:
         ValueError: a reward that compares images, or a transition of another kind of model.
     """
@@ -130,6 +134,7 @@ class Chain:
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected >= 1")
         self.model, self.prompt, self.transition, self.seed = model, prompt, transition, seed
+        self.words = prompt
         self.reward: Reward = as_reward(reward)
         if self.reward.kind != "pointwise":
             raise ValueError(
@@ -158,7 +163,7 @@ class Chain:
     def initial(self, entities: Sequence[int]) -> Tensor:
         """The noise (N, ...) that these start from: the same for an entity in every method."""
         seeds = self.seeds(Role.INIT, entities)
-        return torch.cat([self.model.noise([self.prompt] * len(s), s, **self.inputs) for s in self._chunks(seeds)])
+        return torch.cat([self.model.noise([self.words] * len(s), s, **self.inputs) for s in self._chunks(seeds)])
 
     def noise(self, entities: Sequence[int], step_index: int, like: Tensor, role: Role = Role.STEP) -> Tensor:
         """Standard normal noise (N, ...), a row from each entity and the step alone."""
@@ -229,8 +234,8 @@ class Chain:
         """Rewards (N,) of final latents or estimates of x0, with their gradient, where grad is enabled."""
         self.ledger.decodes += len(latents)
         self.ledger.reward_gradients += len(latents)
-        prompts = [self.prompt] * len(latents)
-        return self._rewards(self.model.decode(latents, prompts, **self.inputs), prompts)
+        images = self.model.decode(latents, [self.words] * len(latents), **self.inputs)
+        return self._rewards(images, [self.prompt] * len(latents))
 
     def require_gradient(self) -> None:
         """Raise a ValueError unless the reward is differentiable."""
@@ -248,6 +253,15 @@ class Chain:
                 "as flow_ddim, flow_sde, ddim (eta 1) or consistency; or a search that needs none: best-of-n, "
                 "zero-order, paths, reno, dno"
             )
+
+    @contextmanager
+    def worded(self, words: str) -> Iterator[None]:
+        """Within, the generator is told these words; noise and reward stay those of the prompt."""
+        before, self.words = self.words, words
+        try:
+            yield
+        finally:
+            self.words = before
 
     def event(self, state: Any = None, note: str = "") -> Event:
         """How the search stands now."""
@@ -274,7 +288,7 @@ class Chain:
         self.ledger.forwards += len(args[0])
 
     def _predict(self, latents: Tensor, step_index: int) -> Tensor:
-        return self.model.predict(latents, step_index, [self.prompt] * len(latents), **self.inputs)
+        return self.model.predict(latents, step_index, [self.words] * len(latents), **self.inputs)
 
     def _value_gradient(self, latents: Tensor, step_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.enable_grad():
@@ -289,10 +303,9 @@ class Chain:
     def _score(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         rewards, images = [], []
         for part in latents.split(self.batch_size):
-            prompts = [self.prompt] * len(part)
-            seen = self.model.decode(part, prompts, **self.inputs)
+            seen = self.model.decode(part, [self.words] * len(part), **self.inputs)
             images.append(seen.cpu())
-            rewards.append(self._rewards(seen, prompts).double().cpu())
+            rewards.append(self._rewards(seen, [self.prompt] * len(part)).double().cpu())
         self.ledger.decodes += len(latents)
         self.ledger.rewards += len(latents)
         return torch.cat(rewards), torch.cat(images)
