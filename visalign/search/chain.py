@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from visalign.backprop import checkpointed
 from visalign.rewards import Reward, as_reward, score
 from visalign.rewards.output import as_output
 from visalign.seeds import derived_seed, step_noise
@@ -182,6 +183,17 @@ class Chain:
             parts = [self._predict(part, step_index) for part in latents.split(self.batch_size)]
         return torch.cat(parts)
 
+    def predict_with_gradient(self, latents: Tensor, step_index: int) -> Tensor:
+        """As `predict`, with its gradient by the latents, where grad is enabled; N backward passes are paid at once.
+
+        The denoiser keeps no activations: backward runs it again, which the ledger's `forwards` see, not its `nfe`.
+        """
+        self.ledger.spend(len(latents))
+        self.ledger.backwards += len(latents)
+        denoisers = getattr(self.model, "denoisers", {})
+        with checkpointed(*[(module, "forward") for module in denoisers.values()]):
+            return torch.cat([self._predict(part, step_index) for part in latents.split(self.batch_size)])
+
     def kernel(self, latents: Tensor, step_index: int, prediction: Tensor) -> tuple[Gaussian, Tensor]:
         """The Gaussian over the next latents, and the estimate of x0 (N, ...)."""
         return self.transition(self.schedule, step_index, latents, prediction)
@@ -212,11 +224,19 @@ class Chain:
     def result(self, latents: Tensor, entities: Sequence[int]) -> Tensor:
         """As `value`, of final latents made by these entities: results, of which the best is kept."""
         rewards, images = self._score(latents)
-        self._new += rewards.tolist()
-        k = int(rewards.argmax())
-        if self.best is None or float(rewards[k]) > self.best.reward:
-            self.best = Best(float(rewards[k]), latents[k : k + 1].clone(), images[k : k + 1].clone(), entities[k])
+        self._keep(rewards, latents, images, entities)
         return rewards
+
+    def result_gradient(self, latents: Tensor, entities: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `result`, with the gradient (N, ...) of the rewards by the final latents; both detached."""
+        rewards, images, gradient = self._slope(latents)
+        self._keep(rewards, latents, images, entities)
+        return rewards, gradient
+
+    def clean_gradient(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """As `value`, with the gradient (N, ...) by the estimates of x0, without the denoiser; both detached."""
+        rewards, _, gradient = self._slope(latents)
+        return rewards, gradient
 
     def value_gradient(self, latents: Tensor, step_index: int) -> Valued:
         """Predict with the reward of the estimate of x0 and its gradient by the latents: one backward a row.
@@ -298,6 +318,28 @@ class Chain:
             values = self.differentiable_value(denoised)
             (gradient,) = torch.autograd.grad(values.sum(), latents)
         return prediction.detach(), denoised.detach(), values.detach().double().cpu(), gradient
+
+    def _keep(self, rewards: Tensor, latents: Tensor, images: Tensor, entities: Sequence[int]) -> None:
+        self._new += rewards.tolist()
+        k = int(rewards.argmax())
+        if self.best is None or float(rewards[k]) > self.best.reward:
+            self.best = Best(float(rewards[k]), latents[k : k + 1].clone(), images[k : k + 1].clone(), entities[k])
+
+    def _slope(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rewards, images on the CPU, and the gradient of the rewards by the latents."""
+        self.ledger.decodes += len(latents)
+        self.ledger.reward_gradients += len(latents)
+        parts = [self._slope_of(part) for part in latents.detach().split(self.batch_size)]
+        rewards, images, gradients = (torch.cat(column) for column in zip(*parts))
+        return rewards, images, gradients
+
+    @torch.enable_grad()
+    def _slope_of(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        latents = latents.clone().requires_grad_()
+        seen = self.model.decode(latents, [self.words] * len(latents), **self.inputs)
+        rewards = self._rewards(seen, [self.prompt] * len(latents))
+        (gradient,) = torch.autograd.grad(rewards.sum(), latents)
+        return rewards.detach().double().cpu(), seen.detach().cpu(), gradient
 
     @torch.no_grad()
     def _score(self, latents: Tensor) -> tuple[Tensor, Tensor]:
