@@ -114,6 +114,7 @@ class Chain:
     Attributes:
         words: what the generator is told; the prompt unless a method rewords it (`worded`). Noise and reward always
             go by the prompt.
+        images: of the latest `value` or `result`, (N, 3, H, W), on the CPU.
 
     Raises:
         ValueError: a reward that compares images, or a transition of another kind of model.
@@ -148,6 +149,7 @@ class Chain:
         self.schedule = model.schedule
         self.stds = tuple(transition.std(self.schedule, i) for i in range(self.schedule.num_steps))
         self.best: Best | None = None
+        self.images: Tensor | None = None
         self._new: list[float] = []
 
     @property
@@ -350,7 +352,8 @@ class Chain:
             rewards.append(self._rewards(seen, [self.prompt] * len(part)).double().cpu())
         self.ledger.decodes += len(latents)
         self.ledger.rewards += len(latents)
-        return torch.cat(rewards), torch.cat(images)
+        self.images = torch.cat(images)
+        return torch.cat(rewards), self.images
 
     def _rewards(self, images: Tensor, prompts: list[str]) -> Tensor:
         if torch.is_grad_enabled():
