@@ -1,0 +1,86 @@
+"""Rollouts of a tree: what they cost, which fit in a budget, and several of them finished together."""
+
+import torch
+from torch import Tensor
+
+from .chain import Chain
+from .tree import Tree
+
+
+def _origin(tree: Tree, leaf: int) -> int:
+    """The node that the leaf's rollout starts from."""
+    node = leaf
+    while tree.rollout[node] == tree.rollout[leaf]:
+        node = tree.parent[node]
+    return node
+
+
+def cost(tree: Tree, origin: int) -> int:
+    """Predictions of a rollout from a node."""
+    return tree.rules.steps - tree.level(origin) - (tree.rules.cache and origin != 0)
+
+
+def cheapest(tree: Tree) -> int:
+    """Predictions that any rollout needs, so far."""
+    rules = tree.rules
+    return rules.steps - rules.levels[-2] - rules.cache if rules.branch_at and tree.leaf else rules.steps
+
+
+def affordable(tree: Tree, left: int) -> list[int]:
+    """The queued leaves whose rollouts fit in what is left, in order."""
+    batch = []
+    for leaf in tree.queue:
+        price = cost(tree, _origin(tree, leaf))
+        if price <= left:
+            batch.append(leaf)
+            left -= price
+    return batch
+
+
+def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -> None:
+    """Finish these leaves' rollouts together: the levels are walked once, rows join at the level they start from."""
+    origins = {leaf: _origin(tree, leaf) for leaf in batch}
+    paths = {leaf: tree.path(leaf) for leaf in batch}
+    depths = {level: depth for depth, level in enumerate(tree.rules.levels) if depth}
+    walking: list[int] = []
+    parts: list[Tensor] = []
+    for step in range(min(tree.level(origin) for origin in origins.values()), chain.num_steps):
+        joining = [leaf for leaf in batch if tree.level(origins[leaf]) == step]
+        if joining:
+            walking += joining
+            parts += _starts(chain, tree, joining, origins, device)
+        latents = torch.cat(parts)
+        prediction = _predict(chain, tree, latents, step, [origins[leaf] for leaf in walking])
+        if tree.rules.cache and step in depths:
+            for row, leaf in zip(prediction.cpu().split(1), walking):
+                tree.predictions.setdefault(paths[leaf][depths[step]], row)
+        latents = chain.draw(chain.kernel(latents, step, prediction)[0], step, [tree.rollout[leaf] for leaf in walking])
+        if step + 1 in depths:
+            for row, leaf in zip(latents.cpu().split(1), walking):
+                tree.states[paths[leaf][depths[step + 1]]] = row
+        parts = [latents]
+    latents = latents[[walking.index(leaf) for leaf in batch]]
+    rewards = chain.result(latents, [tree.rollout[leaf] for leaf in batch])
+    for leaf, reward in zip(batch, rewards.tolist()):
+        tree.queue.remove(leaf)
+        tree.score(leaf, reward)
+
+
+def _starts(
+    chain: Chain, tree: Tree, joining: list[int], origins: dict[int, int], device: torch.device
+) -> list[Tensor]:
+    """The states that rollouts of one level start from: noise of their own above the root."""
+    if not origins[joining[0]]:
+        return [chain.initial([tree.rollout[leaf] for leaf in joining])]
+    return [tree.states[origins[leaf]].to(device) for leaf in joining]
+
+
+def _predict(chain: Chain, tree: Tree, latents: Tensor, step: int, origins: list[int]) -> Tensor:
+    """Predictions of the rows, (N, ...): kept ones where a row stands at the node that it starts from."""
+    known = [k for k, node in enumerate(origins) if tree.level(node) == step and node in tree.predictions]
+    if not known:
+        return chain.predict(latents, step)
+    asked = [k for k in range(len(origins)) if k not in known]
+    kept = torch.cat([tree.predictions[origins[k]] for k in known]).to(latents.device)
+    rows = torch.cat([chain.predict(latents[asked], step), kept]) if asked else kept
+    return rows[torch.tensor(asked + known, device=rows.device).argsort()]
