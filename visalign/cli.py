@@ -16,6 +16,7 @@ TRAINERS = {
     "vgpo": "a value for each denoising step",
     "tree_grpo": "images of a prompt branch: BranchGRPO, TreeGRPO, TempFlow-GRPO, TP-GRPO, B2-DiffuRL",
 }
+SEARCHES = ("best-of-n",)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
     generate.add_argument("--device", default="cpu")
     generate.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the PNG files")
+    generate.add_argument("--reward", help="score the pictures: name, file.py:function, or a sum; what a search is for")
+    generate.add_argument("--search", metavar="METHOD", help=f"search for the best picture: {', '.join(SEARCHES)}")
+    generate.add_argument(
+        "--budget", type=int, help="of a search: denoiser calls a prompt, never exceeded; default 500"
+    )
+    generate.add_argument("--transition", help="of a search: its step; default: the model's with noise; ode for none")
+    generate.add_argument("--batch-size", type=int, default=16, help="pictures at once; changes no result")
+    generate.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of a search; repeatable")
     generate.set_defaults(run=_generate)
     score = commands.add_parser("score", help="score picture files")
     score.add_argument("images", nargs="+", type=Path)
@@ -92,44 +101,11 @@ def _doctor(argv: list[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from visalign.generator import Generator
-    from visalign.images import images_to_pil
-    from visalign.rollout import rollout
-    from visalign.training.policy import check_lora_fits
-    from visalign.training.run import check_writable
-    from visalign.transitions import sampler_of
-    from visalign.worlds import resolve_model
+    from visalign.generate import generate
 
     _check_count(arguments)
-    model = resolve_model(arguments.model)
-    if arguments.lora:
-        check_lora_fits(Path(arguments.lora), Path(model))
-    check_writable(arguments.out, resume=True, argument="out")
-    generator = Generator.from_pretrained(
-        model,
-        dtype=torch.float32 if arguments.device == "cpu" else torch.bfloat16,
-        device=arguments.device,
-        num_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-    )
-    if arguments.lora:
-        generator.pipeline.load_lora_weights(arguments.lora)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    number = 0
-    for prompt in arguments.prompt:
-        seeds = [arguments.seed + k for k in range(arguments.count)]
-        with torch.no_grad():
-            sampler = sampler_of(generator.schedule)
-            noisy: list[int] | None = None if sampler.stochastic else []
-            images = rollout(generator, [prompt] * len(seeds), seeds, sampler, sde_steps=noisy).images
-        assert images is not None
-        for seed, image in zip(seeds, images_to_pil(images)):
-            path = arguments.out / f"{number:04d}-seed{seed}.png"
-            image.save(path)
-            print(path)
-            number += 1
+    arguments.option = dict(_read_option(text) for text in arguments.option)
+    generate(arguments)
 
 
 def _check_count(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "Role",
     "best_of_n_kl",
+    "events_of",
     "expected_best",
     "prepare",
     "run",
@@ -137,11 +138,11 @@ def run(
         ValueError: at once, before anything is spent: unknown names and options, a deterministic transition or a
             reward without gradient for a method that needs more, a budget below one sample.
     """
-    chain = prepare(generator, prompt, reward, method, budget=budget, **options)
+    return events_of(prepare(generator, prompt, reward, method, budget=budget, **options), method, options)
+
+
+def events_of(chain: Chain, method: str, options: dict[str, Any]) -> Iterator[Event]:
+    """The events of a prepared chain's search; of the options those that the method has."""
     own = {name: value for name, value in options.items() if name in METHODS[method].options}
-    return _events(chain, METHODS[method], own)
-
-
-def _events(chain: Chain, method: Method, options: dict[str, Any]) -> Iterator[Event]:
     with chain.counted():
-        yield from method.search(chain, **options)
+        yield from METHODS[method].search(chain, **own)

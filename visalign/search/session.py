@@ -1,0 +1,124 @@
+"""A search into a folder: progress on the screen, the picture found, what it cost, and the curve of it."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from visalign.images import images_to_pil
+
+from . import Chain, Event, events_of, prepare
+
+Trace = list[tuple[int, float, int]]  # nfe, best reward, results so far
+
+
+def search_prompts(
+    generator: Any, prompts: list[str], reward: Callable, method: str, out: Path, said: dict[str, Any], **options: Any
+) -> None:
+    """Search for a picture of each prompt; writes NUMBER-best.png, search.json and search.png after each of them.
+
+    Ctrl-C ends the search of the prompt under way and those to come; what was found is written.
+
+    Args:
+        said: what else search.json should tell: model, LoRA, name of the reward.
+        options: of `visalign.search.run`.
+    """
+    chains = [prepare(generator, prompt, reward, method, **options) for prompt in prompts]  # all refusals first
+    records: list[dict[str, Any]] = []
+    with _stoppable() as stopped:
+        for number, chain in enumerate(chains):
+            trace: Trace = []
+            try:
+                follow(events_of(chain, method, options), chain, prompts[number], stopped, trace)
+            finally:  # whatever went wrong, what was found is kept
+                records.append(_record(chain, prompts[number], trace, bool(stopped), number, out))
+                kept = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None | list)}
+                write_json(out / "search.json", {"method": method, **said, **kept, "searches": records})
+                plot_traces(records, out / "search.png")
+            if stopped:
+                break
+
+
+def follow(events: Iterable[Event], chain: Chain, label: str, stopped: list[int], trace: Trace) -> None:
+    """Show a search's progress until it ends or is stopped; each event with a result is added to the trace."""
+    results = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} calls"))
+    clock = (TextColumn("best {task.fields[best]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clock, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label[:40], total=chain.ledger.max_nfe, best="-")
+        for event in events:
+            results += len(event.rewards)
+            if event.best is not None:
+                trace.append((event.nfe, event.best.reward, results))
+            best = f"{event.best.reward:.4f}" if event.best is not None else "-"
+            progress.update(task, completed=event.nfe, best=best)
+            if stopped:
+                break
+
+
+def _record(chain: Chain, prompt: str, trace: Trace, stopped: bool, number: int, out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {"prompt": prompt, "stopped": stopped, "ledger": chain.ledger.to_dict()}
+    record |= {"transition": repr(chain.transition), "trace": [list(point) for point in trace], "best": None}
+    if chain.best is not None:
+        path = out / f"{number:04d}-best.png"
+        images_to_pil(chain.best.image)[0].save(path)
+        record["best"] = {"reward": chain.best.reward, "entity": chain.best.entity, "file": path.name}
+        print(f"{path}  {chain.best.reward:.4f}  ({chain.ledger.nfe} denoiser calls{', stopped' if stopped else ''})")
+    else:
+        print(f"{prompt!r}: ended before the first picture was finished")
+    return record
+
+
+def plot_traces(records: list[dict[str, Any]], path: Path) -> None:
+    """Best reward over denoiser calls, a line a prompt."""
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for record in records:
+        if record["trace"]:
+            spent, best, _ = zip(*record["trace"])
+            axis.step(spent, best, where="post", marker="." if len(spent) < 60 else None, label=record["prompt"][:50])
+    axis.set_xlabel("denoiser calls (NFE)")
+    axis.set_ylabel("best reward so far")
+    axis.grid(alpha=0.3)
+    if 0 < len(records) <= 12:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Within, the first Ctrl-C is noted in the list; a second one ends the program."""
+    stopped: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: nobody presses keys here
+        yield stopped
+        return
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
