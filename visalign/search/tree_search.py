@@ -41,7 +41,7 @@ def dts(
 
     Args:
         tilt: inverse temperature in [0, infinity].
-        widening, exponent: C and alpha of the bound C N^alpha of a node's children. None: 1 and 0.6 for budgets below
+        widening, exponent: C and alpha of the bound C N^alpha of a node's children. None: 1 and 0.5 for budgets below
             100 full samples, where larger ones leave no rollout for the branches; else 2 and 0.8.
         branch_at: steps whose states may branch, besides the root. None: where 80, 60, 40 and 20 percent of the steps
             remain, or every step with 8 or fewer; less those whose branches would be copies.
@@ -219,5 +219,5 @@ def _widths(chain: Chain, widening: float | None, exponent: float | None) -> tup
     small = budget is not None and budget < 100 * chain.num_steps
     return (
         (1.0 if small else 2.0) if widening is None else widening,
-        (0.6 if small else 0.8) if exponent is None else exponent,
+        (0.5 if small else 0.8) if exponent is None else exponent,
     )
