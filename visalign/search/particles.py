@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visalign.names import unknown_name
+from visalign.transitions import Gaussian
 
 from .chain import Chain, Role
 from .resampling import check_scheme, effective_sample_size, log_mean_exp, normalized_weights, resample, too_uneven
@@ -53,6 +54,11 @@ class Particles:
         """Those at these places (K,), which may repeat, with all that belongs to them."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: rows[indices.to(rows.device)] for name, rows in tensors.items()})
+
+    def kernel(self, chain: Chain, step_index: int) -> tuple[Gaussian, Tensor]:
+        """The Gaussian over their next latents, and the estimate of x0 (K, ...), from their prediction."""
+        assert self.prediction is not None
+        return chain.kernel(self.latents, step_index, self.prediction)
 
     @property
     def size(self) -> int:

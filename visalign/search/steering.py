@@ -121,7 +121,7 @@ def fk(
         if i in steps:
             cloud = replace(cloud, rewards=_values(chain, cloud, i, tilt, value_samples))
             cloud = cloud if lag else weigh(cloud, i)
-        gaussian, _ = chain.kernel(cloud.latents, i, cloud.prediction)
+        gaussian, _ = cloud.kernel(chain, i)
         cloud = replace(cloud, latents=chain.draw(gaussian, i, range(count)), prediction=None)
         cloud = weigh(cloud, i) if lag and i in steps else cloud
         if i in steps:
@@ -173,8 +173,7 @@ def fk_least(num_steps: int, options: dict[str, Any]) -> int:
 
 def _values(chain: Chain, cloud: Particles, step_index: int, tilt: float, samples: int) -> Tensor:
     """The reward (K,) that the particles of a step stand for: of the estimate of x0, or of results finished from it."""
-    assert cloud.prediction is not None
-    gaussian, denoised = chain.kernel(cloud.latents, step_index, cloud.prediction)
+    gaussian, denoised = cloud.kernel(chain, step_index)
     if not samples:
         return chain.value(denoised)
     samples = samples if any(chain.stds[step_index:]) else 1  # without noise they are copies

@@ -236,12 +236,12 @@ def _twisted(
 
 def _move(cloud: Particles, chain: Chain, step_index: int, scale: float, clip: float | None) -> Particles:
     """Draw the next latents from q, and put p / q on the weights; without a scale, or a step's noise, q is p."""
-    assert cloud.prediction is not None and cloud.gradient is not None
-    gaussian, _ = chain.kernel(cloud.latents, step_index, cloud.prediction)
+    gaussian, _ = cloud.kernel(chain, step_index)
     entities, std = range(cloud.size), chain.stds[step_index]
     moved = replace(cloud, prediction=None, gradient=None)
     if gaussian.deterministic or scale == 0:
         return replace(moved, latents=chain.draw(gaussian, step_index, entities))
+    assert cloud.gradient is not None
     shift = twist(cloud.gradient.to(gaussian.mean.dtype), scale, std, clip)
     noise = chain.noise(entities, step_index, gaussian.mean)
     latents = gaussian.mean + shift + gaussian.std * noise
