@@ -18,6 +18,7 @@ from .tree import Tree
 
 ROW = 0.85  # inches a leaf
 COLOURS = colormaps["viridis"]
+PAPER = dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.8)  # behind text, over edges
 
 
 def shown_leaves(tree: Tree, count: int = 12) -> list[int]:
@@ -67,7 +68,9 @@ def draw_tree(tree: Tree, images: Mapping[int, Tensor] | None = None, *, leaves:
         _draw_node(left, tree, node, places, norm)
         hidden = tree.count(node) - sum(other != 0 and tree.parent[other] == node for other in shown)
         if hidden:
-            left.annotate(f"+{hidden}", places[node], (0, -15), textcoords="offset points", ha="center", size=7)
+            left.annotate(
+                f"+{hidden}", places[node], (0, -15), textcoords="offset points", ha="center", size=7, bbox=PAPER
+            )
     for leaf in rows:
         _draw_leaf(left, leaf, float(tree.value[leaf]), places[leaf], images or {})
     _finish(left, tree, len(rows), norm)
@@ -95,9 +98,9 @@ def _draw_node(axes: Axes, tree: Tree, node: int, places: dict[int, tuple[float,
         axes.plot([start[0], middle, x], [start[1], y, y], color="0.75", linewidth=width, zorder=1)
     colour = COLOURS(norm(float(tree.value[node])))
     axes.scatter([x], [y], s=40 + 25 * math.log1p(visits), color=colour, edgecolor="0.2", linewidth=0.6, zorder=2)
-    if not tree.is_leaf(node):
+    if tree.count(node) > 1:  # else the value is the child's
         text = f"{tree.value[node]:.3g}  ({visits})"
-        axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="center", size=7)
+        axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="center", size=7, bbox=PAPER)
 
 
 def _draw_leaf(axes: Axes, leaf: int, reward: float, place: tuple[float, float], images: Mapping[int, Tensor]) -> None:
@@ -109,7 +112,7 @@ def _draw_leaf(axes: Axes, leaf: int, reward: float, place: tuple[float, float],
             AnnotationBbox(box, place, (36, 0), xycoords="data", boxcoords="offset points", frameon=False, pad=0)
         )
         offset = 66
-    axes.annotate(f"{reward:.3g}", place, (offset, 0), textcoords="offset points", va="center", size=9)
+    axes.annotate(f"{reward:.4g}", place, (offset, 0), textcoords="offset points", va="center", size=9)
 
 
 def _finish(axes: Axes, tree: Tree, rows: int, norm: Normalize) -> None:

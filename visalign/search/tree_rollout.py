@@ -27,13 +27,13 @@ def cheapest(tree: Tree) -> int:
 
 
 def affordable(tree: Tree, left: int) -> list[int]:
-    """The queued leaves whose rollouts fit in what is left, in order."""
+    """The first queued leaves, as many as have rollouts that fit in what is left: never one before an earlier one."""
     batch = []
     for leaf in tree.queue:
-        price = cost(tree, _origin(tree, leaf))
-        if price <= left:
-            batch.append(leaf)
-            left -= price
+        left -= cost(tree, _origin(tree, leaf))
+        if left < 0:
+            break
+        batch.append(leaf)
     return batch
 
 
