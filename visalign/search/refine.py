@@ -163,7 +163,9 @@ def lost_tokens(chain: Chain, text: str) -> int:
     for name, part in pipeline.components.items():
         encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
         if name.startswith("tokenizer") and part is not None and encoder is not None:
-            lost.append(len(part(text, truncation=False).input_ids) - min(part.model_max_length, limit))
+            room = part.model_max_length  # CLIP always reads so much; the limit is for the encoders beside it
+            room = room if type(encoder).__name__.startswith("CLIP") else min(room, limit)
+            lost.append(len(part(text, truncation=False).input_ids) - room)
     return int(max(0, min(lost, default=0)))
 
 
