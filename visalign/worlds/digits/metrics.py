@@ -7,11 +7,11 @@ that repeated pictures count as a heavier one, and is in float64.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visalign.rewards.sets import frechet_distance
 
-from .network import CLASSES, to_grey
+from .network import CLASSES, DigitClassifier, to_grey
 
 Moments = tuple[Tensor, Tensor]
 
@@ -89,7 +89,7 @@ class Seen:
 
 
 @torch.no_grad()
-def look(judge: nn.Module, images: Tensor) -> Seen:
+def look(judge: DigitClassifier, images: Tensor) -> Seen:
     """images: (N, 3, H, W), or grey (N, 1, 8, 8), in [0, 1]."""
     grey = (to_grey(images) if images.shape[1] == 3 else images).cpu()
     parts = grey.split(4096)
@@ -105,7 +105,7 @@ def measure(seen: Seen, weights: Tensor | None, wanted: tuple[int, ...], referen
     shares = class_shares(seen.digits, weights)
     return {
         **{f"frechet_{name}": frechet(seen.features, weights, moments) for name, moments in references.items()},
-        "accuracy": float(shares[list(wanted)].sum()),
+        "accuracy": min(1.0, float(shares[list(wanted)].sum())),
         "entropy": entropy(shares),
         "distance": mean_distance(seen.pixels, weights),
         "effective": effective_size(weights, len(seen.digits)),
