@@ -136,7 +136,7 @@ def paths(
     low, rounds = path_rounds(chain.schedule, level, forward, backward)
     found, entity, fresh = NoiseSearch(), 0, 0
     while count := min(starts, chain.ledger.left // chain.num_steps):
-        latents, entities, at = chain.initial(range(fresh, fresh + count)), range(entity, entity + count), low
+        latents, entities, at = chain.initial(range(fresh, fresh + count)), list(range(entity, entity + count)), low
         fresh, entity = fresh + count, entity + count
         for i in range(low):
             latents = chain.step(latents, i, entities)
@@ -146,7 +146,7 @@ def paths(
             taken = min(branches, spare // (count * (end - high)))
             if taken < 2:
                 break
-            entities = range(entity, entity + count * taken)
+            entities = list(range(entity, entity + count * taken))
             entity += count * taken
             latents, estimates = _branch(chain, latents.repeat_interleave(taken, 0), at, high, end, entities)
             at = end
@@ -219,7 +219,7 @@ def _results(chain: Chain, noise: Tensor, found: NoiseSearch) -> Tensor:
     return rewards
 
 
-def _branch(chain: Chain, latents: Tensor, at: int, high: int, end: int, entities: range) -> tuple[Tensor, Tensor]:
+def _branch(chain: Chain, latents: Tensor, at: int, high: int, end: int, entities: list[int]) -> tuple[Tensor, Tensor]:
     """Put noise back from place `at` to `high`, sample down to `end`: the states there and the last estimates of x0."""
     noise = chain.noise(entities, high, latents, Role.SEARCH)
     latents = renoise(latents, path_at(chain.schedule, at), path_at(chain.schedule, high), noise)

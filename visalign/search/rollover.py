@@ -49,7 +49,7 @@ class Walk:
 
 @dataclass
 class Rollover:
-    """The chains, the quota of a step, the proposals that each has made, and the moves that beat a record or did not."""
+    """The chains, the quota of a step, the proposals each has made, and the moves that beat a record or did not."""
 
     walks: list[Walk] = field(default_factory=list)
     quota: int = 0
