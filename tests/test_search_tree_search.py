@@ -303,6 +303,14 @@ def test_a_standardized_search_does_not_depend_on_the_unit_of_reward(leaves_at_o
     assert same.unit == 1 and same.value[0] == 4
 
 
+def test_a_search_whose_bound_lets_no_child_in_ends():
+    for exponent, few in ((0.01, 30), (0.5, 101)):
+        chain = toy_chain(max_nfe=600)
+        tree, rewards = grow(chain, dts_star, widening=1, exponent=exponent)
+        assert tree.iterations >= len(rewards)
+        assert (len(rewards) < few) == (exponent == 0.01) and (chain.ledger.left < 6) == (exponent == 0.5)
+
+
 def test_an_infinite_tilt_backs_up_the_maximum_and_follows_it():
     tree, rewards = grow(toy_chain(), tilt=math.inf, iterations=60, **SMALL)
     assert tree.value[0] == max(rewards) == tree.value[greedy_leaf(tree)]

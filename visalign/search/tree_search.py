@@ -17,6 +17,7 @@ from .tree_file import TreeFile
 from .tree_rollout import affordable, cheapest, roll_out
 
 FEW_STEPS = 8  # up to here every step branches
+IDLE = 10_000  # selections in a row, all of scored leaves, after which a search ends: its bound lets no child in
 
 
 def dts(
@@ -37,7 +38,8 @@ def dts(
 ) -> Iterator[Event]:
     """Diffusion tree sampling: a tree whose leaves, drawn by its values, have the law of the base times exp(tilt r).
 
-    Anytime. The events' state is the `Tree`, which goes on growing; draw from it with `draw_leaves`.
+    Anytime. The events' state is the `Tree`, which goes on growing; draw from it with `draw_leaves`. There is an event
+    after each batch in which something was rolled out: to select a scored leaf costs nothing and changes visits alone.
 
     Args:
         tilt: inverse temperature in [0, infinity].
@@ -121,11 +123,11 @@ def _grow(chain: Chain, rules: Rules, kept: TreeFile, iterations: int | None) ->
         raise ValueError("iterations: got None, expected a number, for a chain without a budget")
     device = chain.initial([0]).device
     tree = kept.open(rules, device)
-    last = math.inf if iterations is None else iterations
+    last, rolled = math.inf if iterations is None else iterations, tree.iterations
     try:
         while tree.queue or tree.iterations < last:
             if not tree.queue:
-                if chain.ledger.left < max(1, cheapest(tree)):
+                if chain.ledger.left < max(1, cheapest(tree)) or tree.iterations - rolled > IDLE:
                     break
                 for _ in range(tree.rules.leaves_at_once):
                     _select(chain, tree)
@@ -135,6 +137,7 @@ def _grow(chain: Chain, rules: Rules, kept: TreeFile, iterations: int | None) ->
             if batch:
                 roll_out(chain, tree, batch, device)
                 tree.measure()
+                rolled = tree.iterations
                 yield chain.event(tree, f"{tree.scored_leaves} leaves")
             kept.save_if_due(tree)
     finally:
