@@ -7,6 +7,7 @@ import torch
 
 from visalign.search.resampling import (
     SCHEMES,
+    _invert,
     effective_sample_size,
     log_mean_exp,
     normalized_weights,
@@ -102,6 +103,12 @@ def test_one_particle_with_all_the_weight_is_the_only_ancestor():
             log_weights = torch.full((4,), -800.0)
             log_weights[k] = 0
             assert resample(log_weights, name, generator=generator(k)).tolist() == [k] * 4
+
+
+def test_a_point_on_a_boundary_finds_no_particle_without_weight():
+    weights = torch.tensor([0, 0.5, 0, 0.5], dtype=torch.float64)
+    points = torch.tensor([0, 0.5, 1 - 2**-53, 1], dtype=torch.float64)
+    assert _invert(weights, points).tolist() == [1, 3, 3, 3]
 
 
 def test_when_to_resample():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from visalign.names import unknown_name
+from visalign.transitions.interpolant import path_at
 
 from .chain import Chain, Event
 from .particles import Particles, affordable, check_options, choose, maybe_resample, start
@@ -56,14 +57,12 @@ def twist_scale(chain: Chain, step_index: int, form: str, like: Tensor) -> float
     """
     if form == "mean":
         return chain.stds[step_index] ** 2
-    level = chain.schedule.levels[step_index]
-    flow = chain.schedule.kind == "flow"
-    alpha, variance = (1 - level, level**2) if flow else (math.sqrt(level), 1 - level)
+    alpha, sigma = path_at(chain.schedule, step_index)
     if alpha == 0:
         return 0.0
     gaussian, denoised = chain.kernel(torch.zeros_like(like), step_index, torch.ones_like(like))
     follows = float(gaussian.mean.flatten()[0] / denoised.flatten()[0])  # both are linear in the prediction
-    return follows * variance / alpha
+    return follows * sigma**2 / alpha
 
 
 def temper(step: int, rate: float) -> float:
