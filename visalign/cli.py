@@ -16,7 +16,10 @@ TRAINERS = {
     "vgpo": "a value for each denoising step",
     "tree_grpo": "images of a prompt branch: BranchGRPO, TreeGRPO, TempFlow-GRPO, TP-GRPO, B2-DiffuRL",
 }
-SEARCHES = ("best-of-n",)
+SEARCHES = (  # as `visalign.search.METHODS`, which takes seconds to import
+    *("best-of-n", "random", "zero-order", "paths", "fk", "svdd", "dts", "dts-star", "rbf"),
+    *("guidance", "tds", "das", "reno", "dno", "refine", "enhance"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

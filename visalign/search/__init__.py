@@ -5,17 +5,16 @@ for event in run(generator, "three red circles", make_reward("clip"), "dts-star"
 images_to_pil(event.best.image)[0].save("best.png")
 """
 
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from visalign.names import unknown_name
-from visalign.transitions import Transition, make_transition, noisy_of, ode_of
+from visalign.transitions import Transition, make_transition, noisy_of, ode_of, sampler_of
 
-from .best_of_n import best_of_n, best_of_n_kl, expected_best, snis_weights
+from .best_of_n import best_of_n_kl, expected_best, snis_weights
 from .chain import Best, Chain, Event, Role
 from .ledger import BudgetExceeded, Ledger
+from .methods import METHODS, Method
 
 __all__ = [
     "METHODS",
@@ -33,35 +32,6 @@ __all__ = [
     "run",
     "snis_weights",
 ]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A search by name.
-
-    Attributes:
-        search: (chain, **options) -> its events.
-        noisy: whether its kernel must draw noise; others run on the ODE by default.
-        gradient: whether it needs a differentiable reward.
-        least: the guided predictions of its smallest run, from T and its options.
-        summary: one line.
-    """
-
-    search: Callable[..., Iterator[Event]]
-    noisy: bool
-    gradient: bool
-    least: Callable[[int, dict[str, Any]], int]
-    summary: str
-
-    @property
-    def options(self) -> dict[str, inspect.Parameter]:
-        """Its own options, by name."""
-        return {k: p for k, p in inspect.signature(self.search).parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
-METHODS: dict[str, Method] = {
-    "best-of-n": Method(best_of_n, False, False, lambda steps, _: steps, "independent draws; the best is kept"),
-}
 
 
 def prepare(
@@ -85,14 +55,12 @@ def prepare(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     chosen = METHODS[method]
-    for option in options:
-        if option not in chosen.options:
-            raise unknown_name(f"option of {method!r}", option, chosen.options)
+    chosen.check(method, options)
     inputs = inputs or {}
     if generator.schedule is None:
         generator.noise([prompt], [0], **inputs)
     if transition is None:
-        transition = noisy_of(generator.schedule)
+        transition = (sampler_of if chosen.plain else noisy_of)(generator.schedule)
     elif isinstance(transition, str):
         transition = ode_of(generator.schedule) if transition == "ode" else make_transition(transition)
     ledger = Ledger(max_nfe=budget)

@@ -1,0 +1,237 @@
+"""Searches on the shapes world at equal cost: reward and truth over denoiser calls, and what matching best of N takes.
+
+    python benchmarks/search.py                              # all methods, 50 captions, three seeds; hours on CPU
+    python benchmarks/search.py --methods best-of-n dts-star --captions 10 --doublings 5
+    python benchmarks/search.py --write benchmarks/search.md # the table and its figure from what is in --out
+
+Budgets are T 2^j calls a caption, j = 0 .. doublings. An anytime method is run once at the largest, and its trace is
+read at the others; a method of fixed size is run at each. `clip_match` is searched for, with the model's noisy sampler
+for all (best of N on the ODE too: its base law is another). All methods start from the same initial noise. Strict gold,
+the held-out truth, is read off the best picture so far. Best of N's curve is estimated from its whole pool. Finished
+searches in --out are read, not run again; several processes may share the work (--part 0/2).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+REWARD, GOLD = "clip_match", {"name": "gold", "strict": True}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with settings; `settings` of one of fixed size follow from its budget and T; None: no room."""
+
+    method: str
+    anytime: bool
+    settings: Callable[[int, int], dict[str, Any] | None] = lambda budget, steps: {}
+    lora: bool = False
+
+
+ENTRIES: dict[str, Entry] = {
+    "best-of-n": Entry("best-of-n", True),
+    "best-of-n (ODE)": Entry("best-of-n", True, lambda budget, steps: {"transition": "ode"}),
+}
+LORA_ENTRIES = ("best-of-n", "dts-star")  # again, with a trained LoRA, where --lora gives one
+
+
+def search_one(generator, judges, caption: str, seed: int, entry: Entry, budget: int) -> dict[str, Any] | None:
+    """One search: [nfe, best reward, gold of that picture, results so far] at each change; None without room."""
+    from visalign.search import events_of, prepare
+
+    settings = entry.settings(budget, generator.schedule.num_steps)
+    if settings is None:
+        return None
+    reward, gold = judges
+    options = {"seed": seed, "batch_size": 16, **settings}
+    chain = prepare(generator, caption, reward, entry.method, budget=budget, **options)
+    trace: list[list[float]] = []
+    pool: list[float] = []
+    truth: list[float] = []
+    best, started = None, time.monotonic()
+    for event in events_of(chain, entry.method, options):
+        pool += event.rewards
+        if event.best is not None and event.best is not best:
+            best = event.best
+            truth.append(float(gold(best.image, [caption])[0]))
+            trace.append([event.nfe, best.reward, truth[-1]])
+    return {"trace": trace, "pool": pool, "ledger": chain.ledger.to_dict(), "seconds": time.monotonic() - started}
+
+
+def jobs(arguments: argparse.Namespace, steps: int) -> Iterator[tuple[str, int, int, int]]:
+    """(entry, caption, seed, budget), seed by seed, so that whatever is finished is balanced."""
+    budgets = [steps * 2**j for j in range(arguments.doublings + 1)]
+    for seed in range(arguments.seeds):
+        for name in arguments.methods:
+            for caption in range(arguments.captions):
+                for budget in budgets[-1:] if ENTRIES[name].anytime else budgets:
+                    yield name, caption, seed, budget
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Run what is not in --out yet, of this process's part."""
+    import torch
+
+    from visalign.generator import Generator
+    from visalign.rewards import make_reward
+    from visalign.worlds import resolve_model
+    from visalign.worlds.shapes import world_prompts
+
+    part, parts = (int(number) for number in arguments.part.split("/"))
+    generator = Generator.from_pretrained(
+        resolve_model(arguments.model), dtype=torch.float32, num_steps=arguments.steps
+    )
+    if arguments.lora:
+        generator.pipeline.load_lora_weights(arguments.lora)
+    judges = make_reward(REWARD), make_reward(GOLD)
+    captions = world_prompts("test", arguments.captions)
+    generator.noise(captions[:1], [0])
+    file = arguments.out / f"{arguments.tag}-{part}of{parts}.jsonl"
+    done = {tuple(row["key"]) for row in read(arguments.out, arguments.tag)}
+    for key in jobs(arguments, generator.schedule.num_steps):
+        name, caption, seed, budget = key
+        if caption % parts != part or key in done:
+            continue
+        found = search_one(generator, judges, captions[caption], seed, ENTRIES[name], budget)
+        if found is not None:
+            with open(file, "a") as lines:
+                lines.write(json.dumps({"key": key, "steps": generator.schedule.num_steps, **found}) + "\n")
+
+
+def read(out: Path, tag: str) -> list[dict[str, Any]]:
+    """The finished searches of all parts; a line cut short by a kill is left out."""
+    rows = []
+    for file in sorted(out.glob(f"{tag}-*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def curves(rows: list[dict[str, Any]], name: str, budgets: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Reward and gold (captions, seeds, budgets) of an entry, NaN where it has no room or was not run."""
+    from visalign.search.comparison import at_budgets
+
+    mine = [row for row in rows if row["key"][0] == name]
+    if not mine:
+        return None
+    shape = (1 + max(r["key"][1] for r in mine), 1 + max(r["key"][2] for r in mine), len(budgets))
+    reward, gold = np.full(shape, np.nan), np.full(shape, np.nan)
+    for row in mine:
+        _, caption, seed, budget = row["key"]
+        places = range(len(budgets)) if ENTRIES[name].anytime else [budgets.index(budget)]
+        for k in places:
+            reward[caption, seed, k] = at_budgets([(n, r) for n, r, _ in row["trace"]], [budgets[k]])[0]
+            gold[caption, seed, k] = at_budgets([(n, g) for n, _, g in row["trace"]], [budgets[k]])[0]
+    if name.startswith("best-of-n"):
+        for row in mine:  # the whole curve from the pool
+            _, caption, seed, _ = row["key"]
+            reward[caption, seed] = pool_curve(row["pool"], [budget // row["steps"] for budget in budgets])
+    return reward, gold
+
+
+def pool_curve(pool: list[float], sizes: list[int]) -> list[float]:
+    from visalign.search import expected_best
+
+    return [expected_best(pool, size) for size in sizes]
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the table; write it and the figure if asked."""
+    from visalign.search.comparison import hacking_gate, nfe_to_match, paired_interval, relative_area
+
+    rows = read(arguments.out, arguments.tag)
+    steps = rows[0]["steps"]
+    budgets = [steps * 2**j for j in range(arguments.doublings + 1)]
+    found = {name: curve for name in arguments.methods if (curve := curves(rows, name, budgets)) is not None}
+    control_reward, control_gold = found["best-of-n"]
+    control = np.nanmean(control_reward, (0, 1))
+    head = ["method", "searches", *(f"reward at {b}" for b in budgets[1::3]), "gold at the last"]
+    head += ["area (best of N: 1)", "NFE to match", "saving", "gold kept", "ms a call"]
+    lines = []
+    for name, (reward, gold) in found.items():
+        whole = ~np.isnan(reward[..., -1])
+        curve = np.nanmean(reward, (0, 1))
+        shown = [k for k in range(len(budgets)) if not np.isnan(curve[k])]
+        reached = nfe_to_match([budgets[k] for k in shown], curve[shown], control[-1])
+        both = [k for k in shown if not np.isnan(control[k])]
+        area = relative_area(*([xs[k] for k in both] for xs in (budgets, curve, control)), base=control[0])
+        paired = whole & ~np.isnan(control_reward[: whole.shape[0], : whole.shape[1], 0])
+        gate = hacking_gate(gold[..., -1][paired], control_gold[: whole.shape[0], : whole.shape[1], 0][paired])
+        spent = [row for row in rows if row["key"][0] == name]
+        cost = 1000 * sum(r["seconds"] for r in spent) / sum(r["ledger"]["nfe"] for r in spent)
+        cells = [name, f"{int(whole.sum())}"]
+        cells += [
+            str(paired_interval(by_caption(reward[..., k]))) if k in shown else "-" for k in range(1, len(budgets), 3)
+        ]
+        cells += [str(paired_interval(by_caption(gold[..., -1]))), f"{area:.2f}"]
+        cells += [f"{reached:,.0f}" if reached < 1e9 else "never", f"{budgets[-1] / reached:.1f}x"]
+        cells += ["yes" if gate.passed else "no", f"{cost:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) + "\n"
+    print(text)
+    if arguments.write:
+        arguments.write.write_text(text)
+        figure(found, budgets, arguments.write.with_suffix(".png"))
+
+
+def by_caption(values: np.ndarray) -> np.ndarray:
+    """Means over the seeds that are there, of the captions that have any."""
+    return np.array([row[~np.isnan(row)].mean() for row in values if not np.isnan(row).all()])
+
+
+def figure(found: dict[str, tuple[np.ndarray, np.ndarray]], budgets: list[int], file: Path) -> None:
+    """Reward and strict gold over denoiser calls."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5))
+    styles = [(c, m) for m in "os^" for c in plt.get_cmap("tab10").colors]
+    for (name, pair), (colour, marker) in zip(found.items(), styles):
+        for axis, values in zip(axes, pair):
+            means = [by_caption(values[..., k]) for k in range(len(budgets))]
+            ks = [k for k, m in enumerate(means) if len(m)]
+            style = dict(color=colour, marker=marker, markersize=4, linewidth=2.2 if name == "best-of-n" else 1.2)
+            axis.plot([budgets[k] for k in ks], [means[k].mean() for k in ks], label=name, **style)
+    for axis, label in zip(axes, ("clip_match, searched for", "strict gold, held out")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, [str(b) for b in budgets])
+        axis.set_xlabel("denoiser calls a caption (NFE)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=list(ENTRIES), choices=ENTRIES, metavar="METHOD")
+    parser.add_argument("--model", default="shapes-flow")
+    parser.add_argument("--steps", type=int, help="of a sample; default: the model's")
+    parser.add_argument("--lora", help="a trained LoRA to search with; give --tag too")
+    parser.add_argument("--tag", default="base", help="what the files in --out are called")
+    parser.add_argument("--captions", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--doublings", type=int, default=7)
+    parser.add_argument("--part", default="0/1", help="this process's share of the captions")
+    parser.add_argument("--out", type=Path, default=Path("runs/search"))
+    parser.add_argument("--write", type=Path, help="write the table here, and the figure beside it as .png")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.write:
+        work(arguments)
+    report(arguments)
+
+
+if __name__ == "__main__":
+    main()
