@@ -1,7 +1,7 @@
 """A critic of the shapes world: reads a picture with the exact judge, and asks again in the world's own captions.
 
-On shapes-flow, of 78 pictures that were wrong, paraphrases (other articles, prefixes, "over" for "above") changed
-hardly any; asking for more of what was missing raised the score of 55 %, and naming it last repaired 13 %.
+On shapes-flow, of 97 pictures that were wrong, a plainer paraphrase repaired 1 %, naming what was missing last 11 %; of 66
+of them asking for more of what was missing (or fewer of the rest) raised the gold score of half, 52 %, as did fresh noise.
 """
 
 from collections import Counter
