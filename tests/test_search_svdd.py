@@ -96,6 +96,11 @@ def test_neither_chunks_nor_further_chains_change_a_chain(options):
     torch.testing.assert_close(one.latents, many.latents[:2], rtol=1e-12, atol=1e-12)
 
 
+def test_chains_choose_independently():
+    chosen = next(svdd(toy_chain(), chains=400, children=2, tilt=0.0)).state.chosen
+    assert 150 < int(chosen.sum()) < 250
+
+
 @pytest.mark.parametrize("message, options", [
     ("children: got 0", dict(children=0)), ("tilt: got -1", dict(tilt=-1.0)), ("tilt: got nan", dict(tilt=math.nan)),
     ("block: got 0", dict(block=0)), ("chains: got 6, expected 1 .. 5, at 101", dict(chains=6)),
