@@ -1,7 +1,8 @@
 """A critic of the shapes world: reads a picture with the exact judge, and asks again in the world's own captions.
 
-On shapes-flow, of 97 pictures that were wrong, a plainer paraphrase repaired 1 %, naming what was missing last 11 %; of 66
-of them asking for more of what was missing (or fewer of the rest) raised the gold score of half, 52 %, as did fresh noise.
+On shapes-flow, of 97 pictures that were wrong, a plainer paraphrase repaired 1 %, naming what was missing last 11 %; of
+66 of them, asking for more of what was missing (or fewer of the rest) raised the gold score of 52 %. Fresh noise raised
+53 % of the 97, and repaired more, 36 %.
 """
 
 from collections import Counter
