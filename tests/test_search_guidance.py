@@ -47,7 +47,7 @@ def linear_chain(steps, seed=0, rows=1):
 
 def consistency_schedule():
     levels = [0.02, 0.3, 0.8, 1.0]
-    times = torch.tensor([900.0, 500.0, 100.0])
+    times = torch.tensor([900.0, 500.0, 0.1])  # the last so low that c_skip matters
     return Schedule("consistency", times, alphas_cumprod=torch.tensor(levels), prediction_type="epsilon")
 
 
@@ -181,6 +181,17 @@ def test_recurrences_put_the_noise_back_and_are_paid():
     found = finished(chain, max_nfe=5 * 12 + 11, **options)
     assert len(found) == 5 and chain.ledger.nfe == 5 * 12 and chain.ledger.backwards == 5 * 9
     torch.testing.assert_close(finished(toy_chain(), max_nfe=60, **options), found)
+    # What is put back between the visits of a level is the noise that its step took away, normal and of size 1.
+    chain, visits = toy_chain(transition=ode_of(vp_schedule())), []
+    predict = chain.predict
+    chain.predict = lambda x, i: visits.append((i, x)) or predict(x, i)
+    finished(chain, max_nfe=12 * 2000, form="universal", recurrences=2, guidance_start=0.0, scale=0.0)
+    assert [i for i, _ in visits] == [i for i in range(6) for _ in range(2)]
+    for (i, x), (_, again) in zip(visits[::2], visits[1::2]):
+        (alpha, sigma), (ahead, level) = path_at(chain.schedule, i), path_at(chain.schedule, i + 1)
+        stepped = chain.kernel(x, i, chain.model.predict(x, i, []))[0].mean
+        put = (again - alpha / ahead * stepped) / math.sqrt(sigma**2 - (alpha / ahead * level) ** 2)
+        assert abs(float(put.mean())) < 0.1 and float(put.std()) == pytest.approx(1, abs=0.07)
     # Recurrence alone leads from the law of the chain, E|x| 1.887, to that of the data, 2 and even on both sides.
     again = finished(toy_chain(), max_nfe=18 * 1500, form="universal", recurrences=3, guidance_start=0.0, scale=0.0)
     assert abs(float(again.mean())) < 0.2 and float(again.abs().mean()) == pytest.approx(2.0, abs=0.03)
