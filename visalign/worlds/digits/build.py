@@ -20,12 +20,16 @@ from . import WEIGHTS, load_pictures
 from .network import DigitClassifier, DigitFlow
 
 
+def similarities(turn: Tensor, growth: Tensor, right: Tensor, down: Tensor) -> Tensor:
+    """Matrices (N, 2, 3) of turns in radians, enlargements by 1 + growth, and moves in half widths, each (N,)."""
+    cos, sin = (1 + growth) * turn.cos(), (1 + growth) * turn.sin()
+    return torch.stack([cos, -sin, right, sin, cos, down], 1).view(-1, 2, 3)
+
+
 def warped(pictures: Tensor, strength: float, random: torch.Generator) -> Tensor:
     """Pictures (N, 1, 8, 8) turned by up to strength radians, scaled by half of it, moved by 2 * strength pixels."""
-    count = len(pictures)
-    turn, grow, right, down = strength * (2 * torch.rand(4, count, generator=random) - 1)
-    cos, sin = (1 + grow / 2) * turn.cos(), (1 + grow / 2) * turn.sin()
-    matrices = torch.stack([cos, -sin, right / 2, sin, cos, down / 2], 1).view(count, 2, 3)
+    turn, growth, right, down = strength * (2 * torch.rand(4, len(pictures), generator=random) - 1)
+    matrices = similarities(turn, growth / 2, right / 2, down / 2)
     grid = F.affine_grid(matrices, list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, grid, align_corners=False)
 
@@ -100,7 +104,8 @@ def accuracy(classifier: nn.Module) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the weights")
-    parser.add_argument("--parts", nargs="*", default=["classifier", "judge", "flow"])
+    parts = ("classifier", "judge", "flow")
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--flow-steps", type=int, default=8000)
     parser.add_argument("--classifier-steps", type=int, default=2000)
     arguments = parser.parse_args()
