@@ -246,6 +246,15 @@ def test_the_ledger_is_the_sum_of_what_rollouts_cost(method, leaves_at_once, cac
     assert len(finals.unique()) == len(finals)  # siblings are no copies
 
 
+def test_no_budget_is_overdrawn_or_left_where_a_rollout_fits():
+    for cache in (False, True):
+        for leaves_at_once in (1, 3):
+            for max_nfe in range(6, 36):
+                chain = toy_chain(max_nfe=max_nfe)
+                tree, _ = grow(chain, leaves_at_once=leaves_at_once, cache=cache, **SMALL)
+                assert chain.ledger.left < (6 if tree.queue else 2 - cache or 1)
+
+
 def test_kept_predictions_change_only_the_cost():
     plain, cached = toy_chain(), toy_chain()
     for leaves_at_once in (1, 6):

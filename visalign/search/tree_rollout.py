@@ -50,7 +50,7 @@ def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -
             walking += joining
             parts += _starts(chain, tree, joining, origins, device)
         latents = torch.cat(parts)
-        prediction = _predict(chain, tree, latents, step, [origins[leaf] for leaf in walking])
+        prediction = _predict(chain, tree, latents, step, [origins[leaf] for leaf in joining])
         if tree.rules.cache and step in depths:
             for row, leaf in zip(prediction.cpu().split(1), walking):
                 tree.predictions.setdefault(paths[leaf][depths[step]], row)
@@ -75,12 +75,8 @@ def _starts(
     return [tree.states[origins[leaf]].to(device) for leaf in joining]
 
 
-def _predict(chain: Chain, tree: Tree, latents: Tensor, step: int, origins: list[int]) -> Tensor:
-    """Predictions of the rows, (N, ...): kept ones where a row stands at the node that it starts from."""
-    known = [k for k, node in enumerate(origins) if tree.level(node) == step and node in tree.predictions]
-    if not known:
-        return chain.predict(latents, step)
-    asked = [k for k in range(len(origins)) if k not in known]
-    kept = torch.cat([tree.predictions[origins[k]] for k in known]).to(latents.device)
-    rows = torch.cat([chain.predict(latents[asked], step), kept]) if asked else kept
-    return rows[torch.tensor(asked + known, device=rows.device).argsort()]
+def _predict(chain: Chain, tree: Tree, latents: Tensor, step: int, joined: list[int]) -> Tensor:
+    """Predictions of the rows, (N, ...): those kept at the nodes that the last rows have just joined from, if any."""
+    kept = [tree.predictions[node].to(latents.device) for node in joined if node in tree.predictions]
+    asked = latents[: len(latents) - len(kept)]
+    return torch.cat([chain.predict(asked, step), *kept] if len(asked) else kept)
