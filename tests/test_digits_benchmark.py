@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,19 @@ def test_draws_follow_the_weights(digits):
     latents, effective = digits.drawn(torch.arange(3.0), torch.tensor([0.2, 0.0, 0.8]).double(), 4000, random)
     assert float((latents == 2).double().mean()) == pytest.approx(0.8, abs=0.03) and not (latents == 1).any()
     assert effective == pytest.approx(1 / (0.2**2 + 0.8**2))
+
+
+def test_particles_are_drawn_by_their_weights(digits):
+    cloud = SimpleNamespace(latents=torch.arange(3.0), weights=torch.tensor([0.0, 0.25, 0.75]).double())
+
+    def search(chain, particles, tilt, output, potential):
+        assert (particles, tilt, output, potential) == (None, 2.0, "weighted", "rt")
+        yield SimpleNamespace(state="on the way")
+        yield SimpleNamespace(state=cloud)
+
+    run = digits.particles(search, potential="rt")
+    latents, effective = run(None, 2.0, 4000, torch.Generator().manual_seed(0))
+    assert float(latents.mean()) == pytest.approx(1.75, abs=0.03) and effective == pytest.approx(1.6)
 
 
 def test_the_best_of_every_eight_is_returned(digits):
