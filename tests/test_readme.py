@@ -105,3 +105,22 @@ def test_commands_of_the_guides_to_methods_resolve_to_a_configuration(guide, tmp
             parse_config(
                 importlib.import_module(f"visalign.trainers.{trainer}").Config, options, prog="x", description=""
             )
+
+
+def test_commands_and_code_of_the_search_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("docs/search.md", "bash") for line in block.splitlines() if line]
+    assert len(lines) >= 3
+    for line in lines:
+        cli.main([*shlex.split(line)[1:], "--steps", "2"])
+    found = {path.name for path in Path("pictures").iterdir()}
+    assert {"0000-best.png", "search.json", "search.png", "0000-tree.png"} <= found
+    [code] = blocks("docs/search.md", "python")
+    exec(compile(code.replace("budget=500", "budget=20"), "docs/search.md", "exec"), {})
+
+
+def test_the_search_page_names_every_search():
+    from visalign.search import METHODS
+
+    page = (ROOT / "docs/search.md").read_text()
+    assert all(f"`{name}`" in page for name in METHODS)

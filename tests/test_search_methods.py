@@ -88,9 +88,8 @@ def test_methods_that_need_a_gradient_refuse_a_reward_without(flow, method):
 def test_budgets_below_the_smallest_run_and_options_of_another_type_are_refused(flow, method):
     with pytest.raises(ValueError, match="budget: got 2 denoiser calls, expected >= "):
         run(flow, PROMPT, blueness, method, budget=2)
-    options = {n: str(p.annotation) for n, p in METHODS[method].options.items()}
-    for name, annotation in options.items():
-        if not _fits("many", annotation):
+    for name, parameter in METHODS[method].options.items():
+        if isinstance(parameter.default, int | float):  # and so a number
             with pytest.raises(ValueError, match=f"{name}: got 'many', expected "):
                 run(flow, PROMPT, blueness, method, budget=BUDGET, **{name: "many"})
 

@@ -71,6 +71,19 @@ def test_ctrl_c_gives_the_best_so_far_and_leaves_out_the_rest(capsys, tmp_path, 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_tree_is_drawn_and_goes_on_from_its_folder(capsys, tmp_path):
+    argv = ["generate", PROMPT, "--search", "dts-star", "--reward", "clip_match", "--steps", "3"]
+    argv += ["--option", f"folder={tmp_path / 'tree'}", "--out", str(tmp_path / "out"), "--budget"]
+    cli.main([*argv, "12"])
+    cli.main([*argv, "24"])
+    told = json.loads((tmp_path / "out" / "search.json").read_text())["searches"][0]
+    cli.main([*argv[:-5], "--out", str(tmp_path / "fresh"), "--budget", "24"])
+    fresh = json.loads((tmp_path / "fresh" / "search.json").read_text())["searches"][0]
+    assert told["best"] == fresh["best"] and told["ledger"]["nfe"] == fresh["ledger"]["nfe"] <= 24
+    picture = np.asarray(Image.open(tmp_path / "out" / "0000-tree.png").convert("RGB"))
+    assert picture.shape[1] > 600 and picture.std() > 5
+
+
 def test_a_search_counts_both_branches_of_guidance_but_one_call():
     from visalign.search import prepare
 

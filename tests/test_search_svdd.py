@@ -40,7 +40,7 @@ def test_with_one_child_it_samples_plainly_to_the_bit(options):
 
 def test_the_best_of_the_children_goes_on_with_its_own_prediction():
     chain, shown = toy_chain(), toy_chain()
-    events = svdd(chain, children=8)
+    events = svdd(chain, chains=1, children=8)
     latents = shown.initial([0])
     for i in range(5):  # the last step has no noise and no choice
         gaussian, _ = shown.kernel(latents, i, shown.predict(latents, i))
@@ -64,7 +64,7 @@ def test_costs_by_block(block, events, rewards):
 
 def test_one_block_is_the_best_of_m_paths_from_one_noise():
     chain, shown = toy_chain(), toy_chain()
-    state = final(svdd(chain, children=12, block=6))
+    state = final(svdd(chain, chains=1, children=12, block=6))
     paths = shown.finish(shown.initial([0]).expand(12, 1), 0, range(12))
     torch.testing.assert_close(state.values[0], 0.5 * paths[:, 0])
     assert chain.best.reward == pytest.approx(0.5 * float(paths.max())) == pytest.approx(0.5 * float(state.latents))
@@ -73,7 +73,7 @@ def test_one_block_is_the_best_of_m_paths_from_one_noise():
 def test_a_last_step_with_noise_is_chosen_at_as_well():
     chain = toy_chain(flow_schedule(), transition=DanceSDE())
     assert all(chain.stds)
-    events = list(svdd(chain, children=4))
+    events = list(svdd(chain, chains=1, children=4))
     assert chain.ledger.rewards == 6 * 4 and len(events[-1].rewards) == 4 and chain.ledger.nfe == 1 + 4 * 5
     assert events[-1].best.reward == max(events[-1].rewards) == pytest.approx(0.5 * float(events[-1].state.latents))
 
@@ -124,6 +124,6 @@ def test_a_real_generator_is_decoded():
 
     ledger = Ledger(max_nfe=1 + 3 * (generator.num_steps - 1))
     chain = Chain(generator, "a red circle", red, noisy_of(generator.schedule), ledger=ledger)
-    events = list(svdd(chain, children=3))
+    events = list(svdd(chain, chains=1, children=3))
     assert ledger.nfe == ledger.max_nfe and events[0].best is None and events[-1].best.latents.isfinite().all()
     assert events[-1].best.reward == events[-1].state.values.max()

@@ -180,7 +180,7 @@ def test_costs_and_budgets():
     ledger = chain.ledger
     assert events[-1].state.size == 7 and ledger.nfe == ledger.backwards == ledger.reward_gradients == 42
     assert ledger.rewards == 7 and len(events) == 7 and len(events[-1].state.ess) == 7
-    assert twisted_least(6, {}) == 24 and twisted_least(6, {"particles": None}) == 6
+    assert twisted_least(6, {"particles": 4}) == 24 and twisted_least(6, {}) == 6
 
 
 @pytest.mark.parametrize("message, method, options", [

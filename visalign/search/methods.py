@@ -58,8 +58,8 @@ class Method:
         for option, value in options.items():
             if option not in self.options:
                 raise unknown_name(f"option of {name!r}", option, self.options)
-            expected = self.options[option].annotation
-            if not _fits(value, str(expected)):
+            expected = inspect.formatannotation(self.options[option].annotation)
+            if not _fits(value, expected):
                 raise ValueError(f"{option}: got {value!r}, expected {expected}")
 
 

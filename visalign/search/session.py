@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,27 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from visalign.images import images_to_pil
 
 from . import Chain, Event, events_of, prepare
+from .tree import Tree
+from .tree_picture import draw_tree, leaf_images, shown_leaves
 
-Trace = list[tuple[int, float, int]]  # nfe, best reward, results so far
+
+@dataclass(frozen=True)
+class Point:
+    """Of a curve: calls spent, the best reward, results so far; and the method's state."""
+
+    nfe: int
+    best: float
+    results: int
+    state: Any
+
+
+Trace = list[Point]
 
 
 def search_prompts(
     generator: Any, prompts: list[str], reward: Callable, method: str, out: Path, said: dict[str, Any], **options: Any
 ) -> None:
-    """Search for a picture of each prompt; writes NUMBER-best.png, search.json and search.png after each of them.
+    """Search for a picture of each prompt; writes NUMBER-best.png, search.json, search.png and a tree's picture.
 
     Ctrl-C ends the search of the prompt under way and those to come; what was found is written.
 
@@ -45,6 +59,10 @@ def search_prompts(
                 kept = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None | list)}
                 write_json(out / "search.json", {"method": method, **said, **kept, "searches": records})
                 plot_traces(records, out / "search.png")
+            if trace and isinstance(trace[-1].state, Tree):
+                leaves = shown_leaves(trace[-1].state)
+                figure = draw_tree(trace[-1].state, leaf_images(chain, trace[-1].state, leaves), title=chain.prompt)
+                figure.savefig(out / f"{number:04d}-tree.png", dpi=100)
             if stopped:
                 break
 
@@ -59,7 +77,7 @@ def follow(events: Iterable[Event], chain: Chain, label: str, stopped: list[int]
         for event in events:
             results += len(event.rewards)
             if event.best is not None:
-                trace.append((event.nfe, event.best.reward, results))
+                trace.append(Point(event.nfe, event.best.reward, results, event.state))
             best = f"{event.best.reward:.4f}" if event.best is not None else "-"
             progress.update(task, completed=event.nfe, best=best)
             if stopped:
@@ -68,7 +86,8 @@ def follow(events: Iterable[Event], chain: Chain, label: str, stopped: list[int]
 
 def _record(chain: Chain, prompt: str, trace: Trace, stopped: bool, number: int, out: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": prompt, "stopped": stopped, "ledger": chain.ledger.to_dict()}
-    record |= {"transition": repr(chain.transition), "trace": [list(point) for point in trace], "best": None}
+    record |= {"transition": repr(chain.transition), "best": None}
+    record["trace"] = [[point.nfe, point.best, point.results] for point in trace]
     if chain.best is not None:
         path = out / f"{number:04d}-best.png"
         images_to_pil(chain.best.image)[0].save(path)

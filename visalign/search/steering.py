@@ -60,7 +60,7 @@ POTENTIALS: dict[str, tuple[Potential, float]] = {  # with what is kept at first
 def fk(
     chain: Chain,
     *,
-    particles: int | None = 4,
+    particles: int | None = None,
     tilt: float = 10.0,
     potential: str = "max",
     ess_threshold: float = 0.5,
@@ -77,7 +77,7 @@ def fk(
     """Feynman-Kac steering (Singhal et al. 2025). Particle k is entity k; an event for each scheduled step.
 
     Args:
-        particles: K; None: as many as the budget holds.
+        particles: K (published: 4); None: as many as the budget holds.
         tilt: lambda, in units of 1 / reward; 0 is plain sampling.
         potential: one of POTENTIALS.
         ess_threshold, adaptive: resample where the effective sample size is below threshold * K; not adaptive: at
@@ -167,7 +167,7 @@ def fk_nfe(num_steps: int, steps: range, value_samples: int = 0) -> int:
 def fk_least(num_steps: int, options: dict[str, Any]) -> int:
     """Guided predictions of the smallest run of `fk`: all its particles, or one if they follow from the budget."""
     steps = rewarded_steps(num_steps, *(options.get(name) for name in ("start_step", "every", "end_step")))
-    count = options.get("particles", 4)
+    count = options.get("particles")
     return (1 if count is None else count) * fk_nfe(num_steps, steps, options.get("value_samples", 0))
 
 

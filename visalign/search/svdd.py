@@ -47,7 +47,7 @@ def choose_children(values: Tensor, tilt: float, uniforms: Tensor) -> Tensor:
 def svdd(
     chain: Chain,
     *,
-    chains: int | None = 1,
+    chains: int | None = None,
     children: int = 20,
     tilt: float = math.inf,
     block: int = 1,
@@ -107,7 +107,7 @@ def svdd_nfe(num_steps: int, children: int) -> int:
 
 def svdd_least(num_steps: int, options: dict[str, Any]) -> int:
     """Guided predictions of the smallest run of `svdd`: all its chains, or one if they follow from the budget."""
-    count = options.get("chains", 1)
+    count = options.get("chains")
     return (1 if count is None else count) * svdd_nfe(num_steps, options.get("children", 20))
 
 

@@ -97,7 +97,7 @@ def temper_by_ess(log_weights: Tensor, slopes: Tensor, threshold: float, lowest:
 def tds(
     chain: Chain,
     *,
-    particles: int | None = 4,
+    particles: int | None = None,
     tilt: float = 10.0,
     form: str = "denoised",
     clip: float | None = 1.0,
@@ -134,7 +134,7 @@ def tds(
 def das(
     chain: Chain,
     *,
-    particles: int | None = 4,
+    particles: int | None = None,
     tilt: float = 10.0,
     tempering: float | None = None,
     adaptive_tempering: bool = False,
@@ -179,7 +179,7 @@ def das(
 
 def twisted_least(num_steps: int, options: dict[str, Any]) -> int:
     """Guided predictions of the smallest run of `tds` or `das`: T a particle, or T if they follow from the budget."""
-    count = options.get("particles", 4)
+    count = options.get("particles")
     return (1 if count is None else count) * num_steps
 
 
