@@ -119,7 +119,7 @@ def in_order(children, node):
     "schedule, allocation, leaves_at_once, distance, error",
     [
         (vp_schedule(), "least_visited", 8, 0.10, 0.06),
-        (vp_schedule(), "boltzmann", 1, 0.30, None),
+        (vp_schedule(), "boltzmann", 4, 0.30, None),
         (flow_schedule(), "least_visited", 8, 0.10, 0.06),
         (flow_schedule(), "boltzmann", 8, 0.30, None),
     ],
