@@ -156,6 +156,14 @@ def test_paths_hold_any_budget_and_finish_what_they_began(schedule, noisy):
     assert again[-1].state.rewards == pytest.approx(events[-1].state.rewards, abs=1e-9)
 
 
+@pytest.mark.parametrize("budget", range(60, 700, 29))
+def test_survivors_of_a_round_are_finished_whatever_the_budget(budget):
+    chain = wide_chain(fine_flow(30), max_nfe=budget)
+    events = list(paths(chain, starts=2, branches=4))
+    assert len(path_rounds(chain.schedule)[1]) > 1 and chain.ledger.left < 30
+    assert events[-1].best is not None and (events[-1].best.latents.abs() < 4).all()
+
+
 def test_paths_carry_what_was_selected_into_their_results():
     def results(method, **options):
         chains = [wide_chain(fine_flow(30), max_nfe=4000, seed=seed) for seed in range(10)]
