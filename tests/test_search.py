@@ -123,3 +123,13 @@ def test_what_cannot_be_searched_is_refused_before_it_costs(monkeypatch):
         with pytest.raises(ValueError, match=message):
             call()
     assert not spent
+
+
+def test_a_reward_that_is_no_number_is_said_also_where_it_is_differentiated():
+    def broken(images, prompts):
+        return images.flatten(1).sum(1) * float("nan")
+
+    broken.differentiable = True
+    chain = toy_chain(reward=broken)
+    with pytest.raises(ValueError, match="reward 'broken', sample 0, prompt 'toy': gave nan, expected a number"):
+        chain.result_gradient(torch.zeros(2, 1, dtype=torch.float64), [0, 1])

@@ -12,9 +12,10 @@ from visalign.names import unknown_name
 from visalign.transitions import Transition, make_transition, noisy_of, ode_of, sampler_of
 
 from .best_of_n import best_of_n_kl, expected_best, snis_weights
-from .chain import Best, Chain, Event, Role
+from .chain import Chain
 from .ledger import BudgetExceeded, Ledger
 from .methods import METHODS, Method
+from .records import Best, Event, Role
 
 __all__ = [
     "METHODS",

@@ -9,7 +9,8 @@ import torch
 from scipy.special import gammaln
 from torch import Tensor
 
-from .chain import Chain, Event
+from .chain import Chain
+from .records import Event
 
 
 @dataclass

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from .chain import Event
 from .comparison import paired_interval
 from .ledger import Ledger
+from .records import Event
 
 Setting = TypeVar("Setting")
 

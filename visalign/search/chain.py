@@ -8,95 +8,19 @@ else was drawn before changes a result.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from visalign.backprop import checkpointed
-from visalign.rewards import Reward, as_reward, score
+from visalign.rewards import Reward, RewardError, as_reward, score
 from visalign.rewards.output import as_output
 from visalign.seeds import derived_seed, step_noise
-from visalign.transitions import Gaussian, Schedule, Transition
+from visalign.transitions import Gaussian, Transition
 
 from .ledger import Ledger
-
-
-class Role(IntEnum):
-    """What a random number is for; each has a stream of its own."""
-
-    INIT = 0  # initial noise
-    STEP = 1  # noise of the kernel's steps
-    RESAMPLE = 2  # which particles survive
-    SELECT = 3  # which child a tree descends to
-    SEARCH = 4  # proposals: neighbours of a noise, fresh noise again
-
-
-class Model(Protocol):
-    """What a chain needs of a `visalign.generator.Generator`."""
-
-    @property
-    def schedule(self) -> Schedule: ...
-
-    def noise(self, prompts: Sequence[str], seeds: Sequence[int], **inputs: Any) -> Tensor: ...
-
-    def predict(self, latents: Tensor, step_index: int, prompts: Sequence[str], **inputs: Any) -> Tensor: ...
-
-    def decode(self, latents: Tensor, prompts: Sequence[str], **inputs: Any) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Best:
-    """The result that the reward likes best so far.
-
-    Attributes:
-        reward: its score, higher is better.
-        latents: (1, ...), final.
-        image: (1, 3, H, W) in [0, 1], on the CPU.
-        entity: what made it: the number of a rollout, particle or candidate.
-    """
-
-    reward: float
-    latents: Tensor
-    image: Tensor
-    entity: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """How a search stands. `best` None: nothing is finished yet.
-
-    Attributes:
-        nfe: spent so far.
-        best: the best finished result so far; never worse than an earlier event's.
-        state: the method's own: particles, a tree, a pool of rewards.
-        rewards: those of the results finished since the event before, in order.
-        note: what has just happened, for people.
-    """
-
-    nfe: int
-    best: Best | None
-    state: Any
-    rewards: tuple[float, ...] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Valued:
-    """A prediction with the value of its one-step result and the gradient of that by the latents; all detached.
-
-    Attributes:
-        prediction, denoised: (N, ...).
-        values: (N,), float64: the reward of the decoded `denoised`.
-        gradient: (N, ...), of values by latents.
-    """
-
-    prediction: Tensor
-    denoised: Tensor
-    values: Tensor
-    gradient: Tensor
+from .records import Best, Event, Model, Role, Valued
 
 
 class Chain:
@@ -322,6 +246,9 @@ class Chain:
         return prediction.detach(), denoised.detach(), values.detach().double().cpu(), gradient
 
     def _keep(self, rewards: Tensor, latents: Tensor, images: Tensor, entities: Sequence[int]) -> None:
+        if not rewards.isfinite().all():
+            row = int((~rewards.isfinite()).nonzero()[0])
+            raise RewardError(self.reward.name, f"gave {float(rewards[row])}, expected a number", row, self.prompt)
         self._new += rewards.tolist()
         k = int(rewards.argmax())
         if self.best is None or float(rewards[k]) > self.best.reward:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from .chain import Event
+from .records import Event
 
 Trace = list[tuple[int, float]]
 RESAMPLES = 2000

@@ -17,7 +17,8 @@ from visalign.names import unknown_name
 from visalign.transitions import Gaussian
 from visalign.transitions.interpolant import denoised_to_prediction, path_at, renoise
 
-from .chain import Chain, Event, Role
+from .chain import Chain
+from .records import Event, Role
 
 Form = Literal["twisted", "tds", "dps", "universal"]
 

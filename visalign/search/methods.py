@@ -8,11 +8,11 @@ from typing import Any
 from visalign.names import unknown_name
 
 from .best_of_n import best_of_n
-from .chain import Event
 from .guidance import guidance
 from .noise_optimization import dno, reno
 from .noise_search import paths, random_search, zero_order
 from .prompt_rewriting import enhance
+from .records import Event
 from .refine import refine
 from .rollover import rbf
 from .steering import fk, fk_least

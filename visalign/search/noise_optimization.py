@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .chain import Chain, Event, Role
+from .chain import Chain
+from .records import Event, Role
 
 
 @dataclass

@@ -16,7 +16,8 @@ from visalign.transitions import Schedule
 from visalign.transitions.gaussian import at_least_float32
 from visalign.transitions.interpolant import path_at, renoise
 
-from .chain import Chain, Event, Role
+from .chain import Chain
+from .records import Event, Role
 
 
 @dataclass

@@ -12,7 +12,8 @@ from torch import Tensor
 from visalign.names import unknown_name
 from visalign.transitions import Gaussian
 
-from .chain import Chain, Role
+from .chain import Chain
+from .records import Role
 from .resampling import check_scheme, effective_sample_size, log_mean_exp, normalized_weights, resample, too_uneven
 
 OUTPUTS = ("best", "weighted", "resampled", "heaviest")

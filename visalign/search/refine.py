@@ -16,8 +16,9 @@ from torch import Tensor
 
 from visalign.names import unknown_name
 
-from .chain import Chain, Event
+from .chain import Chain
 from .critics import Critic, Critique, make_critic
+from .records import Event
 
 ACCEPT = ("reward", "critic", "always")
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from visalign.transitions import ode_of
 
-from .chain import Chain, Event, Role
+from .chain import Chain
+from .records import Event, Role
 
 
 @dataclass

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain import Chain, Event, Role
+from .chain import Chain
+from .records import Event, Role
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .chain import Chain, Event, Role
+from .chain import Chain
+from .records import Event, Role
 from .tree import Rules, Tree, boltzmann, uct, widening_bound
 from .tree_file import TreeFile
 from .tree_rollout import affordable, cheapest, roll_out

@@ -18,8 +18,9 @@ from torch import Tensor
 from visalign.names import unknown_name
 from visalign.transitions.interpolant import path_at
 
-from .chain import Chain, Event
+from .chain import Chain
 from .particles import Particles, affordable, check_options, choose, maybe_resample, start
+from .records import Event
 from .resampling import effective_sample_size
 
 FORMS = ("mean", "denoised")
