@@ -94,6 +94,15 @@ def test_budgets_below_the_smallest_run_and_options_of_another_type_are_refused(
                 run(flow, PROMPT, blueness, method, budget=BUDGET, **{name: "many"})
 
 
+def test_repeated_guidance_needs_a_larger_budget(flow):
+    with pytest.raises(ValueError, match="budget: got 8 denoiser calls, expected >= 9"):
+        run(flow, PROMPT, blueness, "guidance", budget=8, recurrences=3, guidance_start=0.0, form="universal")
+    events = list(
+        run(flow, PROMPT, blueness, "guidance", budget=9, recurrences=3, guidance_start=0.0, form="universal")
+    )
+    assert events[-1].nfe == 9 and events[-1].best
+
+
 def test_a_number_fits_what_it_may_stand_for():
     assert _fits(3, "float") and _fits(None, "int | None") and not _fits(True, "int") and not _fits(None, "float")
     assert _fits("x", "Sequence[int] | None")  # left to the method

@@ -8,7 +8,7 @@ reward likes.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def guidance(
     push = Push(form, scale, clip, backward_steps, backward_lr)
     _check(chain, push, guidance_start, recurrences)
     first = first_guided(chain.num_steps, guidance_start)
-    cost = chain.num_steps + (recurrences - 1) * (chain.num_steps - first)
+    cost = guidance_nfe(chain.num_steps, guidance_start, recurrences)
     found = Guided()
     while count := min(chain.batch_size, chain.ledger.left // cost):
         entities = range(len(found.rewards), len(found.rewards) + count)
@@ -103,6 +103,16 @@ def guidance(
             latents = chain.draw(guided_kernel(chain, latents, i, push, found), i, entities)
         found.rewards += chain.result(latents, entities).tolist()
         yield chain.event(found, f"{len(found.rewards)} drawn, {found.clipped} of {found.gradients} gradients clipped")
+
+
+def guidance_nfe(num_steps: int, guidance_start: float = 0.2, recurrences: int = 1) -> int:
+    """Guided predictions a sample: T, and the repeats of the guided steps."""
+    return num_steps + (recurrences - 1) * (num_steps - first_guided(num_steps, guidance_start))
+
+
+def guidance_least(num_steps: int, options: dict[str, Any]) -> int:
+    """Guided predictions of the smallest run of `guidance`, one sample."""
+    return guidance_nfe(num_steps, options.get("guidance_start", 0.2), options.get("recurrences", 1))
 
 
 def guided_kernel(chain: Chain, latents: Tensor, step_index: int, push: Push, found: Guided) -> Gaussian:

@@ -8,7 +8,7 @@ from typing import Any
 from visalign.names import unknown_name
 
 from .best_of_n import best_of_n
-from .guidance import guidance
+from .guidance import guidance, guidance_least
 from .noise_optimization import dno, reno
 from .noise_search import paths, random_search, zero_order
 from .prompt_rewriting import enhance
@@ -82,7 +82,7 @@ METHODS: dict[str, Method] = {
     "dts": Method(dts, "diffusion tree sampling: draws follow the tilted law", noisy=True),
     "dts-star": Method(dts_star, "diffusion tree search: rollouts from promising states", noisy=True),
     "rbf": Method(rbf, "rollover budget forcing: proposals until one is better", noisy=True),
-    "guidance": Method(guidance, "steps pushed along the reward's gradient", gradient=True),
+    "guidance": Method(guidance, "steps pushed along the reward's gradient", gradient=True, least=guidance_least),
     "tds": Method(
         tds, "particles pushed by the gradient and weighted for it", noisy=True, gradient=True, least=twisted_least
     ),
