@@ -46,7 +46,7 @@ LORA_ENTRIES = ("best-of-n", "dts-star")  # again, with a trained LoRA, where --
 
 
 def search_one(generator, judges, caption: str, seed: int, entry: Entry, budget: int) -> dict[str, Any] | None:
-    """One search: [nfe, best reward, gold of that picture, results so far] at each change; None without room."""
+    """One search: [nfe, best reward, gold of that picture] at each change, and of a pool all; None without room."""
     from visalign.search import events_of, prepare
 
     settings = entry.settings(budget, generator.schedule.num_steps)
@@ -57,15 +57,22 @@ def search_one(generator, judges, caption: str, seed: int, entry: Entry, budget:
     chain = prepare(generator, caption, reward, entry.method, budget=budget, **options)
     trace: list[list[float]] = []
     pool: list[float] = []
-    truth: list[float] = []
+    golds: list[float] = []
     best, started = None, time.monotonic()
     for event in events_of(chain, entry.method, options):
-        pool += event.rewards
+        if entry.method == "best-of-n":
+            pool += event.rewards
+            golds += [float(value) for value in gold(chain.images, [caption] * len(chain.images))]
         if event.best is not None and event.best is not best:
             best = event.best
-            truth.append(float(gold(best.image, [caption])[0]))
-            trace.append([event.nfe, best.reward, truth[-1]])
-    return {"trace": trace, "pool": pool, "ledger": chain.ledger.to_dict(), "seconds": time.monotonic() - started}
+            trace.append([event.nfe, best.reward, float(gold(best.image, [caption])[0])])
+    return {
+        "trace": trace,
+        "pool": pool,
+        "golds": golds,
+        "ledger": chain.ledger.to_dict(),
+        "seconds": time.monotonic() - started,
+    }
 
 
 def jobs(arguments: argparse.Namespace, steps: int) -> Iterator[tuple[str, int, int, int]]:
@@ -122,6 +129,7 @@ def read(out: Path, tag: str) -> list[dict[str, Any]]:
 
 def curves(rows: list[dict[str, Any]], name: str, budgets: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
     """Reward and gold (captions, seeds, budgets) of an entry, NaN where it has no room or was not run."""
+    from visalign.search import expected_best
     from visalign.search.comparison import at_budgets
 
     mine = [row for row in rows if row["key"][0] == name]
@@ -138,14 +146,10 @@ def curves(rows: list[dict[str, Any]], name: str, budgets: list[int]) -> tuple[n
     if name.startswith("best-of-n"):
         for row in mine:  # the whole curve from the pool
             _, caption, seed, _ = row["key"]
-            reward[caption, seed] = pool_curve(row["pool"], [budget // row["steps"] for budget in budgets])
+            for k, size in enumerate(budget // row["steps"] for budget in budgets):
+                reward[caption, seed, k] = expected_best(row["pool"], size)
+                gold[caption, seed, k] = expected_best(row["pool"], size, row["golds"])
     return reward, gold
-
-
-def pool_curve(pool: list[float], sizes: list[int]) -> list[float]:
-    from visalign.search import expected_best
-
-    return [expected_best(pool, size) for size in sizes]
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -58,6 +58,7 @@ def test_the_best_of_n_normal_draws_and_its_divergence_have_their_known_values()
     assert expected_best([3.0, 1.0, 2.0], 1) == pytest.approx(2) and expected_best([3.0, 1.0, 2.0], 3) == pytest.approx(
         3
     )
+    assert expected_best([3.0, 1.0, 2.0], 2, [10.0, 0.0, 1.0]) == pytest.approx((10 + 10 + 1) / 3)  # each pair's better
     with pytest.raises(ValueError, match="1 .. 3"):
         expected_best([1, 2, 3], 4)
 

@@ -37,12 +37,14 @@ def best_of_n(chain: Chain, *, keep_latents: bool = False) -> Iterator[Event]:
         yield chain.event(pool, f"{len(pool.rewards)} drawn")
 
 
-def expected_best(rewards: Sequence[float], n: int) -> float:
+def expected_best(rewards: Sequence[float], n: int, scores: Sequence[float] | None = None) -> float:
     """The mean best of n draws, from a pool of N >= n, without bias: sum_i C(i - 1, n - 1) / C(N, n) r_(i).
 
-    r_(1) <= ... <= r_(N); the whole curve over n costs one pool.
+    r_(1) <= ... <= r_(N); the whole curve over n costs one pool. With `scores` of the same draws by something else, the
+    mean of these at the draw that the rewards like best.
     """
-    ordered = np.sort(np.asarray(rewards, float))
+    order = np.argsort(np.asarray(rewards, float), kind="stable")
+    ordered = np.asarray(rewards if scores is None else scores, float)[order]
     if not 1 <= n <= len(ordered):
         raise ValueError(f"n: got {n}, expected 1 .. {len(ordered)}, the pool's size")
     i = np.arange(n, len(ordered) + 1)
