@@ -1,5 +1,6 @@
 """What holds for every search on every kind of model: budget, best, seeds, batches, refusals."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,4 +106,5 @@ def test_repeated_guidance_needs_a_larger_budget(flow):
 
 def test_a_number_fits_what_it_may_stand_for():
     assert _fits(3, "float") and _fits(None, "int | None") and not _fits(True, "int") and not _fits(None, "float")
+    assert _fits(np.float64(0.5), "float") and _fits(np.int64(3), "int") and not _fits(0.5, "int")
     assert _fits("x", "Sequence[int] | None")  # left to the method

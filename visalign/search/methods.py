@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from visalign.names import unknown_name
@@ -65,11 +66,13 @@ class Method:
 
 def _fits(value: Any, annotation: str) -> bool:
     """Whether a value is of one of the plain types that an annotation names; what it names besides is not looked at."""
+    kinds: dict[str, Any] = {"int": Integral, "float": Real, "bool": bool, "str": str, "None": type(None)}
     names = {part.strip() for part in annotation.split("|")}
-    if not names <= {"int", "float", "bool", "str", "None"}:
+    if not names <= set(kinds):
         return True
-    names |= {"int"} if "float" in names else set()
-    return type(value).__name__ in names or (value is None and "None" in names)
+    if isinstance(value, bool):
+        return "bool" in names
+    return isinstance(value, tuple(kinds[name] for name in names))
 
 
 METHODS: dict[str, Method] = {
