@@ -89,8 +89,8 @@ def by_bound(c_uct):
         (dts, {}, by_value(1.5)),
         (dts, {"allocation": "mixed", "epsilon": 0.4}, by_value(1.5, 0.4)),
         (dts, {"allocation": "least_visited"}, lambda node, *_: min(node.children, key=lambda n: n.visits)),
-        (dts_star, {}, by_bound(1.0)),
-        (dts_star, {"c_uct": 0.0}, by_bound(0.0)),
+        (dts_star, {"c_uct": 1.0}, by_bound(1.0)),
+        (dts_star, {}, by_bound(0.0)),
     ],
 )
 def test_one_leaf_at_a_time_is_the_papers_algorithm(method, options, choose):
