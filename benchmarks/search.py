@@ -30,12 +30,15 @@ REWARD, GOLD = "clip_match", {"name": "gold", "strict": True}
 
 @dataclass(frozen=True)
 class Entry:
-    """A method with settings; `settings` of one of fixed size follow from its budget and T; None: no room."""
+    """A method with settings; `settings` of one of fixed size follow from its budget and T; None: no room.
+
+    `doublings`: its budgets go so far, where calls with gradient would take the longest.
+    """
 
     method: str
     anytime: bool
     settings: Callable[[int, int], dict[str, Any] | None] = lambda budget, steps: {}
-    lora: bool = False
+    doublings: int = 99
 
 
 # Settings were chosen at 160 calls on 16 captions of the training split, by hand from three to nine tries a method.
@@ -46,10 +49,10 @@ ENTRIES: dict[str, Entry] = {
     "zero-order": Entry("zero-order", True),
     "fk": Entry("fk", False, lambda *_: {"tilt": 80.0, "start_step": 1, "every": 1}),
     "svdd": Entry("svdd", False, lambda budget, steps: svdd_settings(budget, steps)),
-    "rbf": Entry("rbf", False, lambda budget, steps: {"chains": 2, "initial": max(1, budget // 16)}),
-    "das": Entry("das", False, lambda *_: {"tilt": 30.0}),
-    "guidance": Entry("guidance", True, lambda *_: {"scale": 30.0}),
-    "reno": Entry("reno", True),
+    "rbf": Entry("rbf", False, lambda budget, steps: {"chains": 2, "initial": max(1, budget // 16)}, 6),
+    "das": Entry("das", False, lambda *_: {"tilt": 30.0}, 5),
+    "guidance": Entry("guidance", True, lambda *_: {"scale": 30.0}, 5),
+    "reno": Entry("reno", True, lambda *_: {}, 5),
 }
 
 
@@ -57,9 +60,6 @@ def svdd_settings(budget: int, steps: int) -> dict[str, Any] | None:
     """One chain with as many children as the budget holds; plain sampling is left to best of n."""
     children = (budget - 1) // (steps - 1)
     return {"chains": 1, "children": children} if children > 1 else None
-
-
-LORA_ENTRIES = ("best-of-n", "dts-star")  # again, with a trained LoRA, where --lora gives one
 
 
 def search_one(generator, judges, caption: str, seed: int, entry: Entry, budget: int) -> dict[str, Any] | None:
@@ -93,11 +93,11 @@ def search_one(generator, judges, caption: str, seed: int, entry: Entry, budget:
 
 
 def jobs(arguments: argparse.Namespace, steps: int) -> Iterator[tuple[str, int, int, int]]:
-    """(entry, caption, seed, budget), seed by seed, so that whatever is finished is balanced."""
-    budgets = [steps * 2**j for j in range(arguments.doublings + 1)]
+    """(entry, caption, seed, budget), seed by seed and caption by caption, so that whatever is finished is balanced."""
     for seed in range(arguments.seeds):
-        for name in arguments.methods:
-            for caption in range(arguments.captions):
+        for caption in range(arguments.captions):
+            for name in arguments.methods:
+                budgets = [steps * 2**j for j in range(min(arguments.doublings, ENTRIES[name].doublings) + 1)]
                 for budget in budgets[-1:] if ENTRIES[name].anytime else budgets:
                     yield name, caption, seed, budget
 
@@ -144,68 +144,79 @@ def read(out: Path, tag: str) -> list[dict[str, Any]]:
     return rows
 
 
-def curves(rows: list[dict[str, Any]], name: str, budgets: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Reward and gold (captions, seeds, budgets) of an entry, NaN where it has no room or was not run."""
+def curves(rows: list[dict[str, Any]], name: str, budgets: list[int], shape: tuple[int, int]) -> np.ndarray | None:
+    """Reward and gold, (2, captions, seeds, budgets), of an entry; NaN where it has no room or was not run."""
     from visalign.search import expected_best
     from visalign.search.comparison import at_budgets
 
-    mine = [row for row in rows if row["key"][0] == name]
-    if not mine:
-        return None
-    shape = (1 + max(r["key"][1] for r in mine), 1 + max(r["key"][2] for r in mine), len(budgets))
-    reward, gold = np.full(shape, np.nan), np.full(shape, np.nan)
+    mine = [row for row in rows if row["key"][0] == name and row["key"][1] < shape[0] and row["key"][2] < shape[1]]
+    found = np.full((2, *shape, len(budgets)), np.nan)
     for row in mine:
         _, caption, seed, budget = row["key"]
-        places = range(len(budgets)) if ENTRIES[name].anytime else [budgets.index(budget)]
-        for k in places:
-            reward[caption, seed, k] = at_budgets([(n, r) for n, r, _ in row["trace"]], [budgets[k]])[0]
-            gold[caption, seed, k] = at_budgets([(n, g) for n, _, g in row["trace"]], [budgets[k]])[0]
-    if name.startswith("best-of-n"):
-        for row in mine:  # the whole curve from the pool
-            _, caption, seed, _ = row["key"]
-            for k, size in enumerate(budget // row["steps"] for budget in budgets):
-                reward[caption, seed, k] = expected_best(row["pool"], size)
-                gold[caption, seed, k] = expected_best(row["pool"], size, row["golds"])
-    return reward, gold
+        places = [k for k, b in enumerate(budgets) if (b <= budget if ENTRIES[name].anytime else b == budget)]
+        for which in (0, 1):
+            trace = [(point[0], point[1 + which]) for point in row["trace"]]
+            found[which, caption, seed, places] = at_budgets(trace, [budgets[k] for k in places])
+        if row["pool"]:  # the whole curve from it
+            for k in places:
+                size = budgets[k] // row["steps"]
+                found[0, caption, seed, k] = expected_best(row["pool"], size)
+                found[1, caption, seed, k] = expected_best(row["pool"], size, row["golds"])
+    return found if mine else None
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Print the table; write it and the figure if asked."""
-    from visalign.search.comparison import hacking_gate, nfe_to_match, paired_interval, relative_area
-
-    rows = read(arguments.out, arguments.tag)
-    steps = rows[0]["steps"]
-    budgets = [steps * 2**j for j in range(arguments.doublings + 1)]
-    found = {name: curve for name in arguments.methods if (curve := curves(rows, name, budgets)) is not None}
-    control_reward, control_gold = found["best-of-n"]
-    control = np.nanmean(control_reward, (0, 1))
-    head = ["method", "searches", *(f"reward at {b}" for b in budgets[1::3]), "gold at the last"]
-    head += ["area (best of N: 1)", "NFE to match", "saving", "gold kept", "ms a call"]
-    lines = []
-    for name, (reward, gold) in found.items():
-        whole = ~np.isnan(reward[..., -1])
-        curve = np.nanmean(reward, (0, 1))
-        shown = [k for k in range(len(budgets)) if not np.isnan(curve[k])]
-        reached = nfe_to_match([budgets[k] for k in shown], curve[shown], control[-1])
-        both = [k for k in shown if not np.isnan(control[k])]
-        area = relative_area(*([xs[k] for k in both] for xs in (budgets, curve, control)), base=control[0])
-        paired = whole & ~np.isnan(control_reward[: whole.shape[0], : whole.shape[1], 0])
-        gate = hacking_gate(gold[..., -1][paired], control_gold[: whole.shape[0], : whole.shape[1], 0][paired])
-        spent = [row for row in rows if row["key"][0] == name]
-        cost = 1000 * sum(r["seconds"] for r in spent) / sum(r["ledger"]["nfe"] for r in spent)
-        cells = [name, f"{int(whole.sum())}"]
-        cells += [
-            str(paired_interval(by_caption(reward[..., k]))) if k in shown else "-" for k in range(1, len(budgets), 3)
-        ]
-        cells += [str(paired_interval(by_caption(gold[..., -1]))), f"{area:.2f}"]
-        cells += [f"{reached:,.0f}" if reached < 1e9 else "never", f"{budgets[-1] / reached:.1f}x"]
-        cells += ["yes" if gate.passed else "no", f"{cost:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) + "\n"
+    """Print the table, of the searches that all methods have finished; write it and the figure if asked."""
+    found: dict[str, np.ndarray] = {}
+    costs: dict[str, float] = {}
+    shape = (arguments.captions, arguments.seeds)
+    for tag in dict.fromkeys(("base", arguments.tag, *arguments.beside)):
+        rows = read(arguments.out, tag)
+        for name in arguments.methods if rows else ():
+            budgets = [rows[0]["steps"] * 2**j for j in range(arguments.doublings + 1)]
+            label = name if tag == "base" else f"{name}, {tag}"
+            if (curve := curves(rows, name, budgets, shape)) is not None:
+                found[label] = curve
+                mine = [row for row in rows if row["key"][0] == name]
+                costs[label] = 1000 * sum(r["seconds"] for r in mine) / sum(r["ledger"]["nfe"] for r in mine)
+    whole = np.stack([~np.isnan(c[0][..., last_of(c)]) for c in found.values()]).all(0)
+    if not whole.any() or "best-of-n" not in found:
+        return print("no caption is finished by all methods and best-of-n yet")
+    for curve in found.values():
+        curve[:, ~whole] = np.nan
+    text = table(found, costs, budgets, int(whole.sum()))
     print(text)
     if arguments.write:
         arguments.write.write_text(text)
         figure(found, budgets, arguments.write.with_suffix(".png"))
+
+
+def last_of(curve: np.ndarray) -> int:
+    """The largest budget that an entry was run at."""
+    return int(np.flatnonzero(~np.isnan(curve[0]).all((0, 1)))[-1])
+
+
+def table(found: dict[str, np.ndarray], costs: dict[str, float], budgets: list[int], count: int) -> str:
+    """In Markdown. The gate sets gold at the entry's largest budget against one plain sample's."""
+    from visalign.search.comparison import hacking_gate, nfe_to_match, paired_interval, relative_area
+
+    control = np.nanmean(found["best-of-n"], (1, 2))
+    columns = range(1, len(budgets), 3)
+    head = ["method", *(f"reward at {budgets[k]}" for k in columns), "its largest budget", "gold there", "gold kept"]
+    head += ["area over log NFE (best of N: 1)", f"NFE to match best of N's {control[0, -1]:.3f}", "ms a call"]
+    lines = [f"{count} pairs of caption and seed, all methods on each.\n", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for name, (reward, gold) in found.items():
+        curve, last = np.nanmean(reward, (0, 1)), last_of(found[name])
+        shown = [k for k in range(len(budgets)) if not np.isnan(curve[k])]
+        reached = nfe_to_match([budgets[k] for k in shown], curve[shown], control[0, -1])
+        area = relative_area(*([xs[k] for k in shown] for xs in (budgets, curve, control[0])), base=control[0, 0])
+        done = ~np.isnan(reward[..., last])
+        gate = hacking_gate(gold[..., last][done], found["best-of-n"][1][..., 0][done])
+        cells = [name, *(str(paired_interval(by_caption(reward[..., k]))) if k in shown else "-" for k in columns)]
+        cells += [f"{budgets[last]}", str(paired_interval(by_caption(gold[..., last]))), "yes" if gate.passed else "no"]
+        match = f"{reached:,.0f} ({budgets[-1] / reached:.1f}x fewer)" if reached < 1e9 else f"not by {budgets[last]}"
+        lines.append(f"| {' | '.join([*cells, f'{area:.2f}', match, f'{costs[name]:.1f}'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def by_caption(values: np.ndarray) -> np.ndarray:
@@ -213,16 +224,15 @@ def by_caption(values: np.ndarray) -> np.ndarray:
     return np.array([row[~np.isnan(row)].mean() for row in values if not np.isnan(row).all()])
 
 
-def figure(found: dict[str, tuple[np.ndarray, np.ndarray]], budgets: list[int], file: Path) -> None:
+def figure(found: dict[str, np.ndarray], budgets: list[int], file: Path) -> None:
     """Reward and strict gold over denoiser calls."""
     fig, axes = plt.subplots(1, 2, figsize=(12, 5))
     styles = [(c, m) for m in "os^" for c in plt.get_cmap("tab10").colors]
     for (name, pair), (colour, marker) in zip(found.items(), styles):
         for axis, values in zip(axes, pair):
-            means = [by_caption(values[..., k]) for k in range(len(budgets))]
-            ks = [k for k, m in enumerate(means) if len(m)]
+            ks = [k for k in range(len(budgets)) if not np.isnan(values[..., k]).all()]
             style = dict(color=colour, marker=marker, markersize=4, linewidth=2.2 if name == "best-of-n" else 1.2)
-            axis.plot([budgets[k] for k in ks], [means[k].mean() for k in ks], label=name, **style)
+            axis.plot([budgets[k] for k in ks], [by_caption(values[..., k]).mean() for k in ks], label=name, **style)
     for axis, label in zip(axes, ("clip_match, searched for", "strict gold, held out")):
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(b) for b in budgets])
@@ -241,6 +251,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a sample; default: the model's")
     parser.add_argument("--lora", help="a trained LoRA to search with; give --tag too")
     parser.add_argument("--tag", default="base", help="what the files in --out are called")
+    parser.add_argument("--beside", nargs="*", default=[], metavar="TAG", help="searches shown beside the base's")
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--doublings", type=int, default=7)
