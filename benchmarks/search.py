@@ -212,8 +212,8 @@ def table(found: dict[str, np.ndarray], costs: dict[str, float], budgets: list[i
         f"|{'---|' * len(head)}",
     ]
     for name, (reward, gold) in found.items():
-        curve, last = np.nanmean(reward, (0, 1)), last_of(found[name])
-        shown = [k for k in range(len(budgets)) if not np.isnan(curve[k])]
+        shown, last = [k for k in range(len(budgets)) if not np.isnan(reward[..., k]).all()], last_of(found[name])
+        curve = np.array([np.nanmean(reward[..., k]) if k in shown else np.nan for k in range(len(budgets))])
         reached = nfe_to_match([budgets[k] for k in shown], curve[shown], control[0, -1])
         area = relative_area(*([xs[k] for k in shown] for xs in (budgets, curve, control[0])), base=control[0, 0])
         done = ~np.isnan(reward[..., last])
