@@ -175,7 +175,7 @@ def interval(values: np.ndarray) -> str:
 def table(names: list[str], seeds: list[int], out: Path) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
     """The table in Markdown, and each method's gains by judge, for the figure."""
     gained = ["reward gain", "strict gold gain", "yes gain"]
-    head = ["method", "model", *gained, "Vendi (base)", "rows", "images", "seconds"]
+    head = ["method", "model", "seeds", *gained, "Vendi (base)", "rows", "images", "seconds"]
     lines, gains = [], {}
     for name in names:
         world = name.partition(" of ")[2] or METHODS[name][0]
@@ -198,7 +198,7 @@ def table(names: list[str], seeds: list[int], out: Path) -> tuple[str, dict[str,
         cells.append(f"{np.mean(vendi):.2f} ({np.mean(base['vendi']):.2f})" if vendi else "-")
         cells += [f"{np.mean([r[key] for r in runs]):,.0f}" for key in ("rows", "images", "seconds")]
         label = {"base": "base (its values)", "best": f"best of {GROUP}"}.get(label, label)
-        lines.append(f"| {' | '.join([label, world.removeprefix('shapes-'), *cells])} |")
+        lines.append(f"| {' | '.join([label, world.removeprefix('shapes-'), str(len(runs)), *cells])} |")
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) + "\n", gains
 
 

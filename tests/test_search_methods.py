@@ -73,6 +73,19 @@ def test_first_samples_are_shared_by_the_methods_that_draw_them(flow):
         assert rewards == pytest.approx(drawn["best-of-n"], abs=1e-4), method
 
 
+def test_with_a_budget_of_one_sample_methods_of_one_kernel_draw_the_same_picture(generator):
+    steps = generator.schedule.num_steps
+    options = {"svdd": {"children": 1}, "guidance": {"scale": 0.0}, "fk": {}, "dts": {}, "dts-star": {}}
+    plain = list(run(generator, PROMPT, blueness, "best-of-n", budget=steps, seed=2))[-1]
+    for method, given in options.items():
+        alone = list(run(generator, PROMPT, blueness, method, budget=steps, seed=2, **given))[-1]
+        assert alone.nfe == plain.nfe == steps
+        torch.testing.assert_close(alone.best.image, plain.best.image, atol=1e-4, rtol=0)
+    ode = list(run(generator, PROMPT, blueness, "random", budget=steps, seed=2))[-1].best.image
+    climbed = list(run(generator, PROMPT, blueness, "zero-order", budget=steps, seed=2))[-1].best.image
+    torch.testing.assert_close(climbed, ode, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.noisy])
 def test_methods_that_need_noise_refuse_a_step_without(flow, method):
     with pytest.raises(ValueError, match="deterministic, expected a stochastic one.*best-of-n"):
