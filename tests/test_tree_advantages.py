@@ -6,8 +6,10 @@ import torch
 from visalign.tree_advantages import (
     depth_advantages,
     history_scores,
+    keep_by_width,
     node_means,
     progressive_steps,
+    pruned_depths,
     select_branches,
     tree_backup,
 )
@@ -38,6 +40,28 @@ def test_a_node_alone_at_its_depth_and_equal_leaves_have_no_advantage():
     nearly = torch.tensor([0.1, 0.1 + 1e-8], dtype=torch.float64)
     assert depth_advantages(nearly, torch.tensor([0, 0])).tolist() == [0, 0]
     assert depth_advantages(nearly, torch.tensor([0, 0]), least_std=1e-12).abs().min() > 0.1
+
+
+def test_of_each_last_split_the_better_half_or_the_extremes_are_kept():
+    rewards = torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0, 5.0, 4.0])
+    branches = torch.tensor([0, 0, 0, 0, 2, 2, 7])
+    half, extremes = (keep_by_width(rewards, branches, mode).tolist() for mode in ("half", "extremes"))
+    assert half == [False, True, True, False, True, False, True]  # the first of equals; one alone is kept
+    assert extremes == [False, True, False, True, True, False, True]
+    assert keep_by_width(rewards, branches, "none").all()
+    with pytest.raises(ValueError, match="mode: got 'best', expected 'none', 'half'"):
+        keep_by_width(rewards, branches, "best")
+
+
+def test_the_window_of_pruned_depths_moves_on_and_stays_at_the_end():
+    assert [list(pruned_depths(step, 2, 30, 4)) for step in (0, 29, 30, 60, 900)] == [
+        [1, 2],
+        [1, 2],
+        [2, 3],
+        [3, 4],
+        [3, 4],
+    ]
+    assert list(pruned_depths(5, 0, 30, 9)) == [] and list(pruned_depths(0, 20, 30, 3)) == [1, 2, 3]
 
 
 def test_softmax_backup_of_two_children_is_the_known_number_and_weights_sum_to_1():

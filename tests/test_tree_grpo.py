@@ -166,6 +166,22 @@ def test_stochastic_steps_between_the_splits_are_trained_with_their_nodes(course
     assert alone.advantages[0].abs().max() == 0 < alone.advantages[2].abs().max(), "one node at that depth"
 
 
+def test_pruning_leaves_edges_out_and_keeps_the_others_as_they_are(course):
+    whole, _ = assigned(trainer_of(course))
+    best, _ = assigned(trainer_of(course, prune="half"))
+    rewards = brightness(whole.tree).view(-1, 2)  # pairs of the last split, of two children
+    kept = torch.stack([rewards[:, 0] >= rewards[:, 1], rewards[:, 0] < rewards[:, 1]], 1).flatten()
+    assert torch.equal(best.advantages[2], whole.advantages[2] * kept) and kept.sum() == 4
+    assert torch.equal(best.advantages[0], whole.advantages[0])  # each first branch has a leaf that is kept
+    both, _ = assigned(trainer_of(course, prune="extremes"))
+    assert all(torch.equal(both.advantages[i], whole.advantages[i]) for i in (0, 2))  # of two, both
+    for step, left_out in ((0, 0), (4, 2)):  # depth 1 at first, depth 3 after two moves
+        some, _ = assigned(trainer_of(course, prune_depths=1, window_iterations=2), step)
+        again, _ = assigned(trainer_of(course), step)
+        for i in (0, 2):
+            assert torch.equal(some.advantages[i], again.advantages[i] * (i != left_out))
+
+
 def test_tree_advantages_are_the_leaves_and_backwards_their_mean_without_normalising_again(course):
     trainer = trainer_of(course, "tree_grpo")
     branches, _ = assigned(trainer)
@@ -275,6 +291,8 @@ def test_a_failed_score_leaves_the_edges_above_it_without_signal(course, monkeyp
         ("branch_grpo", dict(max_advantage=0.1)),
         ("branch_grpo", dict(clip_range=1e-9)),
         ("tempflow", dict(noise_weight=False)),
+        ("branch_grpo", dict(prune="half")),
+        ("branch_grpo", dict(prune_depths=1)),
         ("b2_diffurl", dict(positive_weight=0.0)),
         ("b2_diffurl", dict(negative_weight=0.5)),
         ("b2_diffurl", dict(keep_above=9.0)),
@@ -357,6 +375,8 @@ def test_the_summary_tells_what_was_shared(small, tmp_path, capfd):
     [
         (dict(trees=2), "trees: got 2 with method 'branch_grpo', expected .*'tp_grpo', 'b2_diffurl'"),
         (dict(method="tempflow", between="sde"), "between: got 'sde' with method 'tempflow'"),
+        (dict(method="tempflow", prune="half"), "prune: got 'half' with method 'tempflow'"),
+        (dict(prune_depths=-1), "prune_depths: got -1, expected >= 0"),
         (dict(children=1), "children: got 1, expected >= 2"),
         (dict(method="tp_grpo", window_size=2, trees=1), "trees: got 1, expected >= 2"),
         (dict(split_steps="[4]"), r"split_steps: got \(4,\), expected rising steps within 0 .. 3"),

@@ -4,11 +4,10 @@
     accelerate launch trainers/tree_grpo.py --method tempflow
     accelerate launch trainers/tree_grpo.py --config trainers/recipes/b2_diffurl.yaml --reward my_reward.py:score
 
-What images share is denoised once (`visalign.branching`). The methods differ in where a tree forks and in how rewards
-of its leaves become advantages of its edges, the stochastic steps:
+What images share is denoised once. Methods differ in where trees fork and how leaves' rewards become edges' advantages:
 
     branch_grpo  BranchGRPO (arXiv:2509.06040): every node forks at some steps; a node is worth the mean of its leaves,
-                 compared with the nodes of its depth. Without its pruning and its scaled noise.
+                 compared with the nodes of its depth. Without its scaled noise, which the likelihoods do not describe.
     tree_grpo    TreeGRPO (2512.08153): every node forks in a window that moves on; leaves are compared, and nodes have
                  the weighted mean of their children. The clipped loss is a reconstruction: the source shows none.
     tempflow     TempFlow-GRPO (2508.04324): at some steps of the ODE's path, images branch off by one stochastic step;
@@ -40,8 +39,10 @@ from visalign.transitions import make_transition
 from visalign.tree_advantages import (
     depth_advantages,
     history_scores,
+    keep_by_width,
     node_means,
     progressive_steps,
+    pruned_depths,
     select_branches,
     tree_backup,
 )
@@ -51,7 +52,9 @@ Method = Literal["branch_grpo", "tree_grpo", "tempflow", "tp_grpo", "b2_diffurl"
 
 # The options that a method has, beside those of all, and what None means for it.
 METHODS: dict[str, dict[str, Any]] = {
-    "branch_grpo": dict(children=2, split_steps=(0, 1, 2), between="ode"),
+    "branch_grpo": dict(
+        children=2, split_steps=(0, 1, 2), between="ode", prune="none", prune_depths=0, window_iterations=30
+    ),
     "tree_grpo": dict(children=2, window_size=3, window_iterations=50, backup="uniform"),
     "tempflow": dict(children=8, split_steps=(0, 1, 2), noise_weight=True),
     "tp_grpo": dict(trees=8, window_size=3, bonus=1.0),
@@ -75,6 +78,8 @@ class Config(options.CommonConfig):
     trees: int | None = None  # initial noises a prompt
     split_steps: tuple[int, ...] | None = None  # steps at which there is a fork
     between: Literal["ode", "sde"] | None = None  # steps that do not fork; sde trains them, too
+    prune: Literal["none", "half", "extremes"] | None = None  # what is not trained of a last split
+    prune_depths: int | None = None  # so many depths are not trained, in a window that moves on
     window_size: int | None = None  # stochastic steps
     window_iterations: int | None = None  # before the window moves on by one step
     backup: Literal["uniform", "softmax"] | None = None  # weights of a node's children
@@ -105,7 +110,8 @@ class Config(options.CommonConfig):
         if self.sampler in ("cps", "ddim") and self.eta > 1:
             raise ValueError(f"eta: got {self.eta}, expected within (0, 1] for {self.sampler}, a share of the noise")
         least = {"children": 2, "trees": 2 if self.method == "tp_grpo" else 1, "stages": 1, "window_iterations": 1}
-        for name, low in {**least, "history": 0, "positive_weight": 0, "negative_weight": 0, "bonus": 0}.items():
+        zero = dict.fromkeys(("history", "positive_weight", "negative_weight", "bonus", "prune_depths"), 0)
+        for name, low in {**least, **zero}.items():
             if name in own and not self.of(name) >= low:
                 raise ValueError(f"{name}: got {self.of(name)}, expected >= {low}")
         if "window_size" in own:
@@ -233,6 +239,8 @@ class TreeGRPO:
             if self.cfg.method == "b2_diffurl":
                 signs = advantages > 0
                 advantages *= torch.where(signs, self.cfg.of("positive_weight"), self.cfg.of("negative_weight"))
+            if self.cfg.method == "branch_grpo":
+                spoilt |= ~self.kept(step, i, tree, gathered.mine(rewards))
             branches.advantages[i] = advantages.masked_fill(spoilt[layer.drawn], 0.0).to(tree.final.device)
         self.seen = gathered.seen
         sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
@@ -250,6 +258,14 @@ class TreeGRPO:
             values = node_means(rewards, ancestors[i + 1], len(tree.layers[i].parents))
             edges[i] = depth_advantages(values, tree.roots[i + 1])
         return edges
+
+    def kept(self, step: int, i: int, tree: Tree, rewards: Tensor) -> Tensor:
+        """BranchGRPO's pruning: which edges of a layer are trained, (E,)."""
+        of, edges = self.cfg.of, torch.zeros(len(tree.layers[i].parents), dtype=torch.bool)
+        if i + 1 in pruned_depths(step, of("prune_depths"), of("window_iterations"), self.cfg.num_steps):
+            return edges
+        leaves = keep_by_width(rewards, tree.ancestors()[of("split_steps")[-1]], of("prune"))
+        return edges.index_fill(0, tree.ancestors()[i + 1][leaves], True)
 
     def tree_credit(self, tree: Tree, ids: Tensor, rewards: Tensor) -> dict[int, Tensor]:
         """TreeGRPO: a leaf among those of its prompt, then backwards the weighted mean of the children."""
@@ -321,7 +337,7 @@ class TreeGRPO:
             assert layer.latents is not None
             live = advantages.cpu().ne(0).nonzero().flatten()  # no forward for edges without signal
             nodes = layer.parents[layer.drawn[live]].unique()
-            for rows in nodes.split(self.cfg.batch_size):
+            for rows in nodes.split(self.cfg.batch_size) if len(live) else ():
                 mine = live[torch.isin(layer.parents[layer.drawn[live]], rows)]
                 starts = torch.searchsorted(rows, layer.parents[layer.drawn[mine]]).to(tree.final.device)
                 told = [(tree.prompts[r], tree.seeds[r]) for r in tree.roots[i][rows].tolist()]

@@ -42,6 +42,38 @@ def depth_advantages(values: Tensor, trees: Tensor, eps: float = 1e-8, least_std
     return torch.where(spread < least_std, torch.zeros_like(advantages), advantages)
 
 
+def keep_by_width(rewards: Tensor, branches: Tensor, mode: Literal["none", "half", "extremes"]) -> Tensor:
+    """BranchGRPO's pruning by width (arXiv:2509.06040): the leaves that are trained, (L,) bool.
+
+    Of the leaves of one branch (siblings of the last split) the better half, rounded down but at least one ("half"), or
+    the best and the worst ("extremes"). Of equal ones the first. "none": all leaves.
+
+    Args:
+        rewards, branches: (L,); leaves of one branch have the same number.
+    """
+    if mode not in ("none", "half", "extremes"):
+        raise ValueError(f"mode: got {mode!r}, expected 'none', 'half' or 'extremes'")
+    kept = torch.full((len(rewards),), mode == "none")
+    if mode == "none":
+        return kept
+    for branch in branches.unique():
+        rows = (branches == branch).nonzero().flatten()
+        order = rows[rewards[rows].argsort(descending=True, stable=True)]
+        worst = rows[rewards[rows].argmin()]
+        kept[order[: max(1, len(rows) // 2)] if mode == "half" else torch.stack([order[0], worst])] = True
+    return kept
+
+
+def pruned_depths(step: int, size: int, iterations: int, last: int) -> range:
+    """BranchGRPO's pruning by depth (arXiv:2509.06040): the depths whose nodes are not trained in an iteration.
+
+    A window of `size` depths that begins at 1, moves on by one every `iterations`, and stays at `last` once it ends
+    there. Where it begins is reconstructed.
+    """
+    start = 1 + min(step // iterations, max(last - size, 0))
+    return range(start, min(start + size, last + 1))
+
+
 def tree_backup(
     advantages: Tensor, log_probs: Tensor, parents: Tensor, count: int, weights: Literal["uniform", "softmax"]
 ) -> Tensor:
