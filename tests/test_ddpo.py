@@ -307,7 +307,7 @@ def test_statistics_of_the_prompt_of_the_batch_or_of_the_group(benches):
     }.items():
         (batch,), values = bench.sampled(bench.trainer(**changes))
         results[name] = batch.advantages
-        assert ("own_baseline_share" in values) == ("buffer_size" in changes)
+        assert values.get("own_baseline_share") == {"prompt": 0.0, "own": 1.0}.get(name)
     torch.testing.assert_close(results["prompt"], results["batch"])
     torch.testing.assert_close(results["own"], results["group"])  # the two images of each prompt, so far
     assert (results["group"] - results["batch"]).abs().max() > 0.05
