@@ -17,6 +17,7 @@ seeds together. Finished runs in --out are read, not run again; every run is a p
 import argparse
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -155,6 +156,7 @@ def run_one(name: str, seed: int, budget: int, prompts: int, out: Path) -> None:
         result |= {"rows": 0, "images": 0, "seconds": 0.0}
     else:
         folder = out / f"{name.replace(' ', '_')}-{seed}"
+        shutil.rmtree(folder / "short", ignore_errors=True)  # of a run that was stopped
         rows, _ = train(name, 1, seed, 8, folder / "short")
         steps = max(1, round(budget / rows.count))
         started = time.monotonic()
