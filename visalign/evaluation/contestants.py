@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,8 +104,8 @@ def _typed(name: str, text: str) -> Any:
         value = kind(text)
     except ValueError:
         raise ValueError(f"{name}: got {text!r}, expected a {'whole ' if kind is int else ''}number") from None
-    if value == "":
-        raise ValueError(f"{name}: got nothing, expected a value after '='")
+    if value == "" or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{name}: got {text!r}, expected {'a value' if value == '' else 'a finite number'}")
     return value
 
 

@@ -25,8 +25,8 @@ table { border-collapse: collapse } .wide { overflow-x: auto } tr:first-child th
 th, td { padding: .2em 1.2em .2em 0; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 td { font-variant-numeric: tabular-nums } th { font-weight: 600 } small { color: #555; white-space: nowrap }
 .gallery { display: flex; flex-wrap: wrap; gap: 1em 1.6em; margin: .6em 0 1.4em }
-figure { margin: 0; max-width: 300px } figcaption { font-size: 13px } .two { display: flex; gap: 4px }
-.two div { font-size: 12px } .two img { width: 144px; height: auto; display: block }
+figure { margin: 0; max-width: 244px } figcaption { font-size: 13px } .two { display: flex; gap: 4px }
+.two div { font-size: 12px } .two img { width: 120px; height: auto; display: block }
 .tiny { image-rendering: pixelated } body { color: #222 }
 img { max-width: 100% } summary { cursor: pointer; font-weight: 600; margin: .5em 0 } h3 { margin: 1.4em 0 .2em }
 pre { background: #f5f5f5; padding: 1em; overflow: auto } .note { background: #fff4d6; padding: .5em 1em }
@@ -47,8 +47,8 @@ def write_page(results: Results, record: dict[str, Any], store: Store) -> Path:
 {said}<h2>Scores</h2>{_table(record)}<p><img alt="mean scores with their intervals" src="{_figure(record)}"></p>
 {compared}<h2>How this was counted</h2><p>A score is that of the picture as it stands in its file. Means are over
 prompts, each with the mean of its seeds; intervals are 95 % bootstrap intervals over prompts, whose seeds stay
-together, of a pair over the differences of the same prompts. A win is a higher score on the same prompt and seed; a tie counts
-half. Each interval is for itself: of twenty comparisons of equals, one is expected to exclude 0. Pictures without a
+together, of a pair over the differences of the same prompts. A win is a higher score on the same prompt and seed; a
+tie counts half. Each interval is for itself: of twenty comparisons of equals, one is expected to exclude 0. Pictures without a
 score are left out of the means, and of pairs on both sides.</p>
 <details><summary>Settings</summary><pre>{_text(settings)}</pre></details></html>"""
     path = plan.out / "report.html"

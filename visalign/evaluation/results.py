@@ -129,7 +129,7 @@ def compare(values: np.ndarray, base: np.ndarray, places: tuple[int, int, int]) 
     there = ~np.isnan(gains)
     won = np.where(there, (np.sign(gains) + 1) / 2, np.nan)
     counts = [int((won[there] == share).sum()) for share in (1.0, 0.5, 0.0)]
-    return Pair(*places, estimate(gains), estimate(won), *counts, prompts=int(there.any(axis=1).sum()))
+    return Pair(*places, estimate(gains), estimate(won), counts[0], counts[1], counts[2], int(there.any(axis=1).sum()))
 
 
 def pairs(scores: np.ndarray) -> list[Pair]:
