@@ -48,8 +48,8 @@ def write_page(results: Results, record: dict[str, Any], store: Store) -> Path:
 {compared}<h2>How this was counted</h2><p>A score is that of the picture as it stands in its file. Means are over
 prompts, each with the mean of its seeds; intervals are 95 % bootstrap intervals over prompts, whose seeds stay
 together, of a pair over the differences of the same prompts. A win is a higher score on the same prompt and seed; a
-tie counts half. Each interval is for itself: of twenty comparisons of equals, one is expected to exclude 0. Pictures without a
-score are left out of the means, and of pairs on both sides.</p>
+tie counts half. Each interval is for itself: of twenty comparisons of equals, one is expected to exclude 0.
+Pictures without a score are left out of the means, and of pairs on both sides.</p>
 <details><summary>Settings</summary><pre>{_text(settings)}</pre></details></html>"""
     path = plan.out / "report.html"
     path.write_text(page, encoding="utf-8")
