@@ -27,7 +27,7 @@ td { font-variant-numeric: tabular-nums } th { font-weight: 600 } small { color:
 .gallery { display: flex; flex-wrap: wrap; gap: 1em 1.6em; margin: .6em 0 1.4em }
 figure { margin: 0; max-width: 244px } figcaption { font-size: 13px } .two { display: flex; gap: 4px }
 .two div { font-size: 12px } .two img { width: 120px; height: auto; display: block }
-.tiny { image-rendering: pixelated } body { color: #222 }
+.tiny { image-rendering: pixelated } body { color: #222 } .chart { min-width: 640px; margin: 1em 0 }
 img { max-width: 100% } summary { cursor: pointer; font-weight: 600; margin: .5em 0 } h3 { margin: 1.4em 0 .2em }
 pre { background: #f5f5f5; padding: 1em; overflow: auto } .note { background: #fff4d6; padding: .5em 1em }
 .better { color: #075e2c } .worse { color: #9b1c1c }"""
@@ -44,7 +44,8 @@ def write_page(results: Results, record: dict[str, Any], store: Store) -> Path:
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 {_STYLE}</style>
 <h1>{_text(plan.out.name)}</h1><p>{sizes}. Pictures of a prompt and seed start from the same noise in every row.</p>
-{said}<h2>Scores</h2>{_table(record)}<p><img alt="mean scores with their intervals" src="{_figure(record)}"></p>
+{said}<h2>Scores</h2>{_table(record)}<div class="wide"><img class="chart"
+alt="mean scores with their intervals" src="{_figure(record)}"></div>
 {compared}<h2>How this was counted</h2><p>A score is that of the picture as it stands in its file. Means are over
 prompts, each with the mean of its seeds; intervals are 95 % bootstrap intervals over prompts, whose seeds stay
 together, of a pair over the differences of the same prompts. A win is a higher score on the same prompt and seed; a
@@ -67,7 +68,7 @@ def _table(record: dict[str, Any]) -> str:
         for reward in rewards:
             entry = cells[label, reward]
             star = " *" if entry["optimised_for"] else ""
-            rows += f"<td>{_number(entry['mean'])}{star}<br><small>{entry['scored']} pictures</small>"
+            rows += f"<td>{_number(entry['mean'], star=star)}<br><small>{entry['scored']} pictures</small>"
         rows += f"<td>{contestant['nfe_a_picture']:.4g}<td>{contestant['seconds_a_picture']:.3g}"
     starred = any(entry["optimised_for"] for entry in record["table"])
     star = "<p>* searched or trained for this very reward, which is then no independent judge.</p>" if starred else ""
@@ -159,9 +160,9 @@ def _figure(record: dict[str, Any]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _number(told: dict[str, float | None] | None, style: str = "") -> str:
-    mean, space, interval = shown(told, style).partition(" ")
-    return f"{mean} <small>{interval}</small>" if space else mean
+def _number(told: dict[str, float | None] | None, style: str = "", star: str = "") -> str:
+    mean, _, interval = shown(told, style).partition(" ")
+    return f"{mean}{star} <small>{interval}</small>"
 
 
 def _text(value: Any) -> str:

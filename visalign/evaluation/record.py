@@ -109,6 +109,8 @@ def lines(record: dict[str, Any]) -> list[str]:
         counts = f"{pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost"
         head = f"{pair['contestant']} against {pair['against']}: {pair['reward']}"
         said.append(f"{head} {shown(pair['difference'], '+')}, win rate {shown(pair['win_rate'], '%')} ({counts})")
+    if record["pairs"]:
+        said.append("in brackets 95 % intervals over prompts; a tie counts as half a win")
     if any(entry["optimised_for"] for entry in record["table"]):
         said.append("* searched or trained for this very reward, which is then no independent judge")
     return said + [f"note: {note}" for note in record["notes"]]
