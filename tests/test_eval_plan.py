@@ -9,6 +9,7 @@ from visalign import cli
 from visalign.evaluation.contestants import TYPES, parse_contestant, path_digest
 from visalign.evaluation.judging import missing_batches
 from visalign.evaluation.plan import make_plan, read_set
+from visalign.evaluation.results import collect
 from visalign.evaluation.store import Store
 from visalign.search import METHODS
 from visalign.worlds.shapes import world_prompts
@@ -183,3 +184,11 @@ def test_equal_pictures_are_scored_once_and_batches_hold_one_size(tmp_path):
         Store(tmp_path).keep_scores(plan.columns[0].key, {key: {"score": 1.0} for key, _ in batch.pictures})
     assert missing_batches(plan, Store(tmp_path)) == batches[2:]
     assert json.dumps([key for key, _ in batches[0].pictures])
+
+
+def test_no_table_is_made_of_less_than_every_picture_and_score(tmp_path):
+    (tmp_path / "p.txt").write_text("a dog\na cat\n")
+    plan = make_plan(["a=shapes-flow"], str(tmp_path / "p.txt"), ["clip"], tmp_path)
+    keep(Store(tmp_path), [plan.tasks[0].name], [picture(1)], plan.keys[0])
+    with pytest.raises(ValueError, match="out: 2 pictures or scores of other processes are missing"):
+        collect(plan, Store(tmp_path))  # one picture, and the score of the other
