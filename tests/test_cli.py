@@ -24,7 +24,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("train", "doctor", "generate", "score", "world"))
+    assert all(name in out for name in ("train", "doctor", "generate", "score", "eval", "world"))
     with pytest.raises(SystemExit) as caught:
         cli.main([])
     assert caught.value.code == 2

@@ -50,6 +50,8 @@ def test_visalign_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatc
             words += SMALL
         if words[0] == "generate":
             words += ["--steps", "2"]
+        if words[0] == "eval":
+            words += ["--prompts", "1"]
         if words[0] == "score":
             shutil.copy(next(Path("pictures").glob("*.png")), "picture.png")
         try:

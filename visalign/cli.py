@@ -1,4 +1,4 @@
-"""The `visalign` command: train, generate, score, serve, world, doctor. Heavy imports sit in the command using them."""
+"""The `visalign` command: train, generate, score, eval, serve, ... Heavy imports sit in the command using them."""
 
 import argparse
 import importlib
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--prompt", required=True)
     score.add_argument("--reward", default="clip", help="name, file.py:function, or a sum such as clip:0.7+gold:0.3")
     score.set_defaults(run=_score)
+    _add_eval(commands.add_parser("eval", help="compare models, LoRAs and searches: pictures, scores, who wins"))
     serve = commands.add_parser("serve", help="serve a reward over HTTP, for the reward remote:http://HOST:PORT")
     serve.add_argument("--reward", default="clip", help="as for score")
     serve.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward; repeatable")
@@ -89,6 +90,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    told = "LABEL=MODEL[,lora=FOLDER][,strength=0..1][,steps=N][,guidance=X][,transition=NAME]"
+    told += "[,search=METHOD,budget=N[,reward=SPEC][,OPTION=VALUE...]]; repeatable"
+    parser.add_argument(
+        "--contestant", action="append", required=True, metavar="LABEL=MODEL[,NAME=VALUE...]", help=told
+    )
+    parser.add_argument("--prompts", default="50", help="a file, or a number of the world's test captions; default 50")
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="[LABEL=]SPEC", help="as for score; repeatable"
+    )
+    parser.add_argument(
+        "--no-gold", action="store_true", help="without the exact judge, where all prompts are captions"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="pictures a prompt; default 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at once; changes no result")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU a process, where it has one"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder; what it holds is not made again")
+    parser.set_defaults(run=_eval)
+
+
 def _train(argv: list[str]) -> None:
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "flow_grpo"
     if name not in TRAINERS:
@@ -109,6 +133,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     _check_count(arguments)
     arguments.option = dict(_read_option(text) for text in arguments.option)
     generate(arguments)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from visalign.evaluation.command import evaluate
+
+    evaluate(arguments)
 
 
 def _check_count(arguments: argparse.Namespace) -> None:

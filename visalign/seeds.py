@@ -13,6 +13,11 @@ def derived_seed(*keys: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
+def text_key(text: str) -> int:
+    """A 32-bit key of a text, for `derived_seed`."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
 def step_noise(seeds: Sequence[int], step_index: int, like: Tensor) -> Tensor:
     """Standard normal noise of one step, shaped, placed and typed as `like` (N, ...); row n from seeds[n] and the step.
 

@@ -5,7 +5,6 @@ part of it is paid for in the ledger, and every random number has a key, so that
 else was drawn before changes a result.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from visalign.backprop import checkpointed
 from visalign.rewards import Reward, RewardError, as_reward, score
 from visalign.rewards.output import as_output
-from visalign.seeds import derived_seed, step_noise
+from visalign.seeds import derived_seed, step_noise, text_key
 from visalign.transitions import Gaussian, Transition
 
 from .ledger import Ledger
@@ -69,7 +68,7 @@ class Chain:
             )
         self.ledger = Ledger() if ledger is None else ledger
         self.batch_size, self.context, self.inputs = batch_size, context, inputs
-        self.prompt_key = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big")
+        self.prompt_key = text_key(prompt)
         self.schedule = model.schedule
         self.stds = tuple(transition.std(self.schedule, i) for i in range(self.schedule.num_steps))
         self.best: Best | None = None

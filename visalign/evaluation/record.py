@@ -1,0 +1,129 @@
+"""eval.json: every score of every picture, with the table; and the table as lines for the screen."""
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .results import Estimate, Pair, Results, by_prompt, estimate, optimised, pairs
+
+FEW = 10  # prompts below which intervals are said to be rough
+
+
+def to_record(results: Results) -> dict[str, Any]:
+    """All of it, as JSON holds it: numbers that do not exist are None."""
+    plan = results.plan
+    labels, columns = [c.label for c in plan.contestants], [c.label for c in plan.columns]
+    marks = optimised(plan)
+    table = [
+        {
+            "contestant": label,
+            "reward": column,
+            "mean": _told(estimate(results.scores[c, r])),
+            "scored": int((~np.isnan(results.scores[c, r])).sum()),
+            "prompts": len(by_prompt(results.scores[c, r])),
+            "optimised_for": (c, r) in marks,
+        }
+        for c, label in enumerate(labels)
+        for r, column in enumerate(columns)
+    ]
+    return {
+        "contestants": [
+            {"label": c.label, **c.settings(), **costs(results, k)} for k, c in enumerate(plan.contestants)
+        ],
+        "rewards": [{"label": c.label, "spec": c.spec, **c.options} for c in plan.columns],
+        "prompts": plan.prompts,
+        "seeds": plan.seeds,
+        "dtype": plan.dtype,
+        "batch_size": plan.batch_size,
+        "notes": notes(results),
+        "table": table,
+        "pairs": [pair_record(pair, labels, columns) for pair in pairs(results.scores)],
+        "pictures": pictures(results),
+    }
+
+
+def pair_record(pair: Pair, labels: list[str], columns: list[str]) -> dict[str, Any]:
+    names = {"contestant": labels[pair.contestant], "against": labels[pair.against], "reward": columns[pair.reward]}
+    counts = {name: getattr(pair, name) for name in ("wins", "ties", "losses", "prompts")}
+    return names | {"difference": _told(pair.difference), "win_rate": _told(pair.win_rate)} | counts
+
+
+def pictures(results: Results) -> list[dict[str, Any]]:
+    """A line a picture: whose, of what, its file, its cost, and its score by every reward or why there is none."""
+    plan, lines = results.plan, []
+    for (c, p, s), drawn in results.drawn.items():
+        line: dict[str, Any] = {"contestant": plan.contestants[c].label, "prompt": p, "seed": plan.seeds[s]}
+        line |= {"file": drawn.file or None, "nfe": drawn.nfe, "seconds": round(drawn.seconds, 3)}
+        line |= {"why": drawn.why} if drawn.why else {}
+        scores: dict[str, Any] = {}
+        for r, column in enumerate(plan.columns):
+            told = results.told.get((c, r, p, s), {"score": None})
+            scores[column.label] = told["score"]
+            line |= {f"{column.label}_{part}": value for part, value in told.get("parts", {}).items()}
+            line |= {f"{column.label}_why": told["why"]} if "why" in told else {}
+        lines.append(line | {"scores": scores})
+    return lines
+
+
+def costs(results: Results, contestant: int) -> dict[str, float]:
+    """Denoiser calls and seconds a picture."""
+    mine = [drawn for (c, _, _), drawn in results.drawn.items() if c == contestant]
+    return {
+        "nfe_a_picture": float(np.mean([drawn.nfe for drawn in mine])),
+        "seconds_a_picture": round(float(np.mean([drawn.seconds for drawn in mine])), 4),
+    }
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader of the table must know: pictures and scores that are missing, and why; too few prompts."""
+    plan, said = results.plan, []
+    lost = Counter((c, drawn.why) for (c, _, _), drawn in results.drawn.items() if not drawn.file)
+    for c, contestant in enumerate(plan.contestants):
+        reasons = {why: count for (k, why), count in lost.items() if k == c}
+        if reasons:
+            said.append(_missing(f"{contestant.label}: {sum(reasons.values())} pictures could not be drawn", reasons))
+    for r, column in enumerate(plan.columns):
+        reasons = Counter(told["why"] for (_, k, _, _), told in results.told.items() if k == r and "why" in told)
+        if reasons:
+            of = sum(1 for _, k, _, _ in results.told if k == r)
+            said.append(_missing(f"{column.label}: {sum(reasons.values())} of {of} pictures have no score", reasons))
+    if len(plan.prompts) < FEW:
+        said.append(f"{len(plan.prompts)} prompts are few: intervals by bootstrap are then too narrow")
+    return said
+
+
+def _missing(what: str, reasons: dict[str, int]) -> str:
+    first = next(iter(reasons))
+    return f"{what}; e.g. {first}" if len(reasons) > 1 else f"{what}: {first}"
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """The table in words, for the screen."""
+    said = []
+    for entry in record["table"]:
+        star = " *" if entry["optimised_for"] else ""
+        said.append(f"{entry['contestant']}: {entry['reward']} {shown(entry['mean'])}{star}")
+    for pair in record["pairs"]:
+        counts = f"{pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost"
+        head = f"{pair['contestant']} against {pair['against']}: {pair['reward']}"
+        said.append(f"{head} {shown(pair['difference'], '+')}, win rate {shown(pair['win_rate'], '%')} ({counts})")
+    if record["pairs"]:
+        said.append("in brackets 95 % intervals over prompts; a tie counts as half a win")
+    if any(entry["optimised_for"] for entry in record["table"]):
+        said.append("* searched or trained for this very reward, which is then no independent judge")
+    return said + [f"note: {note}" for note in record["notes"]]
+
+
+def shown(told: dict[str, float | None] | None, style: str = "") -> str:
+    """A number with its interval; `style` "+" shows its sign, "%" a share in per cent."""
+    if told is None:
+        return "-"
+    form = {"+": "{:+.4f}", "%": "{:.1%}"}.get(style, "{:.4f}")
+    interval = f" ({form.format(told['low'])} to {form.format(told['high'])})" if told["low"] is not None else ""
+    return form.format(told["mean"]) + interval
+
+
+def _told(value: Estimate | None) -> dict[str, float | None] | None:
+    return None if value is None else asdict(value)
