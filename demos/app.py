@@ -25,13 +25,22 @@ def build(settings: Settings):
 
     from visalign.demos.compare_tab import compare_tab
     from visalign.demos.page import Page
+    from visalign.demos.prefer_tab import prefer_tab
+    from visalign.demos.runs_tab import runs_tab
+    from visalign.demos.score_tab import score_tab
+    from visalign.demos.search_tab import search_tab
     from visalign.demos.workshop import Workshop
 
     page = Page(settings, Workshop(settings))
+    others = {"Prefer": prefer_tab, "Score": score_tab, "Search": search_tab, "Runs": runs_tab}
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.HTML(f"<h1>{TITLE}</h1>")
-        with gr.Tabs(), gr.Tab("Compare", id="compare"):
-            compare_tab(page, blocks)
+        with gr.Tabs():
+            with gr.Tab("Compare", id="compare"):
+                compare_tab(page, blocks)
+            for title, tab in others.items():
+                with gr.Tab(title, id=title.lower()):
+                    tab(page)
 
         def leave(request: gr.Request) -> None:
             page.jobs.forget(request.session_hash or "")

@@ -13,7 +13,7 @@ from visalign.worlds.shapes.scenes import SIZE, Placed
 from .asked import Reading
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important }
+.gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important }
 .va-pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px }
 .va-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 10px }
 .va-pic { position: relative; line-height: 0; background: var(--background-fill-secondary); border-radius: 6px;
@@ -28,12 +28,14 @@ table.va caption { text-align: left; font-weight: 600; padding-bottom: .3em }
 .gradio-container table.va th, .gradio-container table.va td { text-align: left; padding: .35em .8em .35em 0;
   vertical-align: top; font-weight: 400; border: none; border-bottom: 1px solid var(--border-color-primary);
   overflow-wrap: anywhere }
+.gradio-container table.va :is(thead, tbody, tr) { border: none }
 .gradio-container table.va thead th { font-weight: 600 }
 table.va .n { font-variant-numeric: tabular-nums; white-space: nowrap }
 .va-bar { display: block; height: .7em; min-width: 2px; border-radius: 2px; background: #1f6fb4 }
 .va-bar.right { background: #c25700 }
 .va-note { color: var(--body-text-color-subdued); font-size: .9em; margin: .3em 0 }
-.va-status { min-height: 2.2em; padding-top: .3em; font-size: .95em } .va-status progress { width: 100%; height: .6em; display: block }
+.va-status { min-height: 2.2em; padding-top: .3em; font-size: .95em }
+.va-status progress { width: 100%; height: .6em; display: block }
 .va-problem { border-left: 4px solid #b3261e; padding: .4em .8em; background: var(--background-fill-secondary) }
 .va-scroll { overflow-x: auto } .va-plot img { width: 100%; height: auto; background: #fff; border-radius: 6px }
 .va-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px }

@@ -44,7 +44,7 @@ def search_tab(page: Page) -> None:
     with gr.Row():
         method = gr.Dropdown(list(OFFERED), value="dts-star", label="Search", info=METHODS["dts-star"].summary)
         reward = gr.Dropdown(list(shop.specs), label="For the reward")
-        budget = gr.Slider(10, MOST_BUDGET, 200, step=10, label="Denoiser calls")
+        budget = gr.Slider(10, MOST_BUDGET, 200, step=10, label="Denoiser calls", elem_id="search-budget")
     with gr.Accordion("Settings", open=False), gr.Row():
         weights = gr.Dropdown(shop.variant_names, label="Weights")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
