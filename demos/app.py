@@ -32,15 +32,19 @@ def build(settings: Settings):
     from visalign.demos.workshop import Workshop
 
     page = Page(settings, Workshop(settings))
-    others = {"Prefer": prefer_tab, "Score": score_tab, "Search": search_tab, "Runs": runs_tab}
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.HTML(f"<h1>{TITLE}</h1>")
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
                 compare_tab(page, blocks)
-            for title, tab in others.items():
-                with gr.Tab(title, id=title.lower()):
-                    tab(page)
+            with gr.Tab("Prefer", id="prefer") as opened:
+                prefer_tab(page, opened)
+            with gr.Tab("Score", id="score"):
+                score_tab(page)
+            with gr.Tab("Search", id="search"):
+                search_tab(page)
+            with gr.Tab("Runs", id="runs") as opened:
+                runs_tab(page, opened)
 
         def leave(request: gr.Request) -> None:
             page.jobs.forget(request.session_hash or "")
@@ -57,7 +61,11 @@ def launch(settings: Settings, wait: bool = True):
 
     blocks = build(settings)
     blocks.queue(max_size=64)
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    readable = dict(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
+    readable |= dict(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     blocks.launch(
         server_name=settings.host,
         server_port=settings.port or None,
@@ -72,7 +80,7 @@ def launch(settings: Settings, wait: bool = True):
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
-        theme=gr.themes.Default(primary_hue="blue", **fonts),
+        theme=theme.set(**readable),
         css=markup.CSS + search_view.CSS,
         head=f"<script>{prefer_tab.KEYS}{score_tab.PASTE}</script>",
     )

@@ -60,27 +60,29 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
     with gr.Row():
         go = gr.Button("Draw both", variant="primary", scale=1, min_width=110, elem_id="compare-go")
         stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="compare-stop")
-    with gr.Row():
-        left, right = _side_controls(page, "Left", BASE), _side_controls(page, "Right", shop.variant_names[-1])
-    chosen = gr.CheckboxGroup(list(shop.specs), value=list(shop.specs)[:2], label="Rewards shown")
-    with gr.Accordion("Settings", open=False), gr.Row():
-        seed = gr.Number(0, label="Seed, same on both sides", precision=0, minimum=0)
-        count = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures a side")
-        steps = gr.Slider(1, MOST_STEPS, shop.own_steps, step=1, label="Steps")
-        start = shop.own_guidance if shop.own_guidance is not None else 5.0
-        guidance = gr.Slider(1, 15, start, step=0.5, label="Guidance", visible=shop.guided)
-        budget = gr.Slider(10, MOST_BUDGET, 100, step=10, label="Denoiser calls of a search, a picture")
-        sought = gr.Dropdown(list(shop.specs), label="What a search is for")
     told = gr.HTML(status("Ready."), elem_id="compare-status")
-    boxes = gr.Checkbox(True, label="Show what the judge reads", visible=page.settings.shapes)
-    shown = gr.HTML(elem_id="compare-pictures")
-    chart = gr.HTML(elem_id="compare-rewards")
-    with gr.Accordion("Slide one over the other", open=False):
-        slider = gr.ImageSlider(label="First pair: left and right", format="png", interactive=False, max_height=420)
     with gr.Row():
-        save = gr.Button("Save this comparison", elem_id="compare-save")
-        picture_file = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="compare-png")
-        notes_file = gr.DownloadButton("Notes (JSON)", visible=False, elem_id="compare-json")
+        with gr.Column(scale=2, min_width=280, elem_classes="va-controls"):
+            left, right = _side_controls(page, "Left", BASE), _side_controls(page, "Right", shop.variant_names[-1])
+            chosen = gr.CheckboxGroup(list(shop.specs), value=list(shop.specs)[:2], label="Rewards shown")
+            boxes = gr.Checkbox(True, label="Show what the judge reads", visible=page.settings.shapes)
+            with gr.Accordion("Settings", open=False):
+                seed = gr.Number(0, label="Seed, same on both sides", precision=0, minimum=0)
+                count = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures a side")
+                steps = gr.Slider(1, MOST_STEPS, shop.own_steps, step=1, label="Steps")
+                start = shop.own_guidance if shop.own_guidance is not None else 5.0
+                guidance = gr.Slider(1, 15, start, step=0.5, label="Guidance", visible=shop.guided)
+                budget = gr.Slider(10, MOST_BUDGET, 100, step=10, label="Denoiser calls of a search, a picture")
+                sought = gr.Dropdown(list(shop.specs), label="What a search is for")
+        with gr.Column(scale=3, min_width=320):
+            shown = gr.HTML(elem_id="compare-pictures")
+            chart = gr.HTML(elem_id="compare-rewards")
+            with gr.Accordion("Slide one over the other", open=False):
+                slider = gr.ImageSlider(label="First pair", format="png", interactive=False, max_height=420)
+            with gr.Row():
+                save = gr.Button("Save this comparison", elem_id="compare-save")
+                picture_file = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="compare-png")
+                notes_file = gr.DownloadButton("Notes (JSON)", visible=False, elem_id="compare-json")
     latest = gr.State(None, time_to_live=6 * 3600)
 
     def draw(job: Job, *values: Any) -> Iterator[Updates]:
@@ -145,7 +147,7 @@ class _Following:
 def _side_controls(page: Page, name: str, variant: str) -> list[Any]:
     """How a side is made: weights, their strength, a search."""
     names = page.workshop.variant_names
-    with gr.Column(min_width=280), gr.Group():
+    with gr.Group():
         weights = gr.Dropdown(names, value=variant, label=f"{name}: weights", visible=len(names) > 1)
         strength = gr.Slider(0, 1, 1.0, step=0.05, label=f"{name}: strength", visible=variant != BASE)
         start = SEARCHES[0] if name == "Right" and len(names) == 1 else PLAIN

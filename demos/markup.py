@@ -14,10 +14,12 @@ from .asked import Reading
 
 CSS = """
 .gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important }
-.va-pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px }
+.va-pair { display: grid; grid-template-columns: repeat(2, minmax(0, 420px)); gap: 12px }
 .va-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 10px }
 .va-pic { position: relative; line-height: 0; background: var(--background-fill-secondary); border-radius: 6px;
   overflow: hidden; max-width: 420px }
+.va-pic.wide { max-width: none; width: fit-content } .va-small .va-pic { max-width: 240px }
+.va-pic.wide.small img { width: auto }
 .va-pic img { width: 100%; height: auto } .va-pic.small img { image-rendering: pixelated }
 .va-pic svg { position: absolute; inset: 0; width: 100%; height: 100% }
 .va-pic rect { fill: none; stroke: #111; stroke-width: .6 } .va-pic rect.halo { stroke: #fff; stroke-width: 1.3 }
@@ -33,7 +35,7 @@ table.va caption { text-align: left; font-weight: 600; padding-bottom: .3em }
 table.va .n { font-variant-numeric: tabular-nums; white-space: nowrap }
 .va-bar { display: block; height: .7em; min-width: 2px; border-radius: 2px; background: #1f6fb4 }
 .va-bar.right { background: #c25700 }
-.va-note { color: var(--body-text-color-subdued); font-size: .9em; margin: .3em 0 }
+.va-note { color: var(--body-text-color-subdued) !important; font-size: .9em; margin: .3em 0 }
 .va-status { min-height: 2.2em; padding-top: .3em; font-size: .95em }
 .va-status progress { width: 100%; height: .6em; display: block }
 .va-problem { border-left: 4px solid #b3261e; padding: .4em .8em; background: var(--background-fill-secondary) }
@@ -41,6 +43,7 @@ table.va .n { font-variant-numeric: tabular-nums; white-space: nowrap }
 .va-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px }
 .va-winner { font-weight: 700 }
 @media (max-width: 640px) {
+  .va-controls { order: 2 } .tab-container button { padding: 0 6px !important; font-size: 13px !important }
   .va-pair { gap: 8px } table.va { font-size: .88em } .gradio-container { padding: 8px !important } }
 """
 
@@ -57,12 +60,16 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def figure(picture: Image.Image, alt: str, caption: str = "", boxes: Sequence[Placed] = ()) -> str:
-    """A picture with its alternative text, a caption, and boxes around what the shapes world's judge reads in it."""
+def figure(picture: Image.Image, alt: str, caption: str = "", boxes: Sequence[Placed] = (), wide: bool = False) -> str:
+    """A picture with its alternative text, a caption, and boxes around what the shapes world's judge reads in it.
+
+    Args:
+        wide: as wide as it is, or as the page; else at most 420 pixels.
+    """
     drawn = "".join(_box(placed) for placed in boxes)
     over = f'<svg viewBox="0 0 {SIZE} {SIZE}" aria-hidden="true">{drawn}</svg>' if drawn else ""
-    small = " small" if max(picture.size) < 256 else ""
-    image = f'<div class="va-pic{small}"><img alt="{text(alt)}" src="{data_uri(picture)}">{over}</div>'
+    kind = (" small" if max(picture.size) < 256 else "") + (" wide" if wide else "")
+    image = f'<div class="va-pic{kind}"><img alt="{text(alt)}" src="{data_uri(picture)}">{over}</div>'
     return f'<figure class="va">{image}<figcaption>{text(caption)}</figcaption></figure>'
 
 

@@ -24,7 +24,8 @@ def curves_html(title: str, names: Sequence[str], metrics: Mapping[str, Sequence
                 continue
             steps, values = zip(*points)
             values = tuple(v / 2**30 for v in values) if name.endswith("_bytes") else values
-            label = name if len(metrics) == 1 else f"{run[:24]}: {name}"
+            said_name = name.removesuffix("_bytes")
+            label = said_name if len(metrics) == 1 else f"{run[:24]}: {said_name}"
             axes.plot(steps, values, style, color=f"C{k}", label=plain(label), marker="." if len(steps) < 12 else None)
             said.append(f"{label} from {values[0]:.4g} to {values[-1]:.4g} over {steps[-1]} steps")
     if not said:

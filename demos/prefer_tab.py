@@ -39,18 +39,18 @@ document.addEventListener("keydown", (event) => {
 """
 
 
-def prefer_tab(page: Page) -> None:
+def prefer_tab(page: Page, opened: gr.Tab) -> None:
     """Build the tab. Votes go to the folder `votes` of the output folder."""
     shop, store = page.workshop, VoteStore(page.settings.out / "votes")
     ways = [*shop.variant_names, *SEARCHES]
     gr.HTML(note("Which picture fits the prompt better? Press A, B, T or X, or a button. Each vote is kept at once."))
-    with gr.Row():
-        first = gr.Dropdown(ways, value=BASE, label="One is drawn by")
-        second = gr.Dropdown(ways, value=ways[1], label="The other by")
-        blind = gr.Checkbox(True, label="Blind: who drew what is told after the vote")
-    prompts = gr.Textbox(
-        "\n".join(_prompts(page)), label="Prompts, one a line; each pair takes one of them", lines=3, max_lines=6
-    )
+    with gr.Accordion("Who draws, and which prompts", open=False):
+        with gr.Row():
+            first = gr.Dropdown(ways, value=BASE, label="One is drawn by")
+            second = gr.Dropdown(ways, value=ways[1], label="The other by")
+            blind = gr.Checkbox(True, label="Blind: who drew what is told after the vote")
+        words = "Prompts, one a line; each pair takes one of them"
+        prompts = gr.Textbox("\n".join(_prompts(page)), label=words, lines=3, max_lines=12)
     with gr.Row():
         go = gr.Button("Next pair", variant="primary", elem_id="prefer-go", min_width=110)
         stop = gr.Button("Stop", interactive=False, elem_id="prefer-stop", min_width=80)
@@ -100,7 +100,8 @@ def prefer_tab(page: Page) -> None:
     work(page, "prefer", begin, triggers=[go.click], inputs=settings, **shared)
     for name, button in buttons.items():
         work(page, "prefer", vote(name), triggers=[button.click], inputs=[pair, *settings], listen=False, **shared)
-    refresh.click(guarded(board, told), None, [results, told], **HIDDEN)
+    for event in (opened.select, refresh.click):
+        event(guarded(board, told), None, [results, told], **HIDDEN)
     export.click(guarded(hand_out, told), None, [download, told], **HIDDEN)
 
 
@@ -182,7 +183,7 @@ def results_html(rows: Sequence[dict[str, Any]]) -> str:
     ]
     head = ("model", "strength", "95 % interval", "votes")
     board = table("Leaderboard (Bradley-Terry, log-odds; ties count half)", head, lines, (1, 2, 3))
-    return note(f"{len(rows)} votes.") + board + _agreement_html(rows)
+    return note(f"{len(rows)} vote{'s' * (len(rows) != 1)}.") + board + _agreement_html(rows)
 
 
 def _agreement_html(rows: Sequence[dict[str, Any]]) -> str:

@@ -26,7 +26,7 @@ MOST_RUNS = 6
 FOLLOW = 3.0  # seconds
 
 
-def runs_tab(page: Page) -> None:
+def runs_tab(page: Page, opened: gr.Tab) -> None:
     """Build the tab, over the run folders of `settings.runs`."""
     root = page.settings.runs
     names = run_names(root)
@@ -74,7 +74,7 @@ def runs_tab(page: Page) -> None:
             return {grid: note("This run has no sample grids yet."), step: gr.update(maximum=1, value=0)}
         place = min(int(at), len(files) - 1)
         file, words = files[place], f"{files[place].stem} ({place + 1} of {len(files)})"
-        shown = figure(read_picture(file), f"Sample grid of {whose}: {words}", words)
+        shown = figure(read_picture(file), f"Sample grid of {whose}: {words}", words, wide=True)
         return {grid: shown, step: gr.update(maximum=max(len(files) - 1, 1), value=place)}
 
     def tick(session: str, stamp: Any, wanted: list[str], plots: list[str], whose: str | None, at: float) -> Updates:
@@ -84,7 +84,7 @@ def runs_tab(page: Page) -> None:
 
     whose_box = whose
     inputs, outputs = [chosen, plots, whose, step], [chosen, whose, shown, told, seen, grid, step]
-    for event in (again.click, chosen.input, plots.input):
+    for event in (opened.select, again.click, chosen.input, plots.input):
         event(guarded(look, told), inputs, outputs, **HIDDEN)
     for event in (step.release, whose.input):
         event(guarded(show_grid, told), [whose, step], [grid, step, told], **HIDDEN)

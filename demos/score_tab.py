@@ -167,9 +167,11 @@ def ranking_html(
         name, picture = pictures[n]
         small = picture.copy()
         small.thumbnail((160, 160))
-        image = f'<img alt="{text(name)}" src="{data_uri(small)}" style="width:72px;height:auto">'
+        image = (
+            f'<img alt="{text(name)}" src="{data_uri(small)}" style="display:block;width:72px;height:auto;margin:0">'
+        )
         cells = "".join(_cell(found[n]) for found in readings.values())
-        rows += f'<tr><td class="n">{place}</td><td>{image}<br>{text(name)}</td>{cells}</tr>'
+        rows += f'<tr><td class="n">{place}</td><td>{image}{text(name)}</td>{cells}</tr>'
     caption = f"Ranked by {next(iter(readings))}"
     inside = f'<caption>{text(caption)}</caption><thead><tr><th scope="col">rank</th><th scope="col">picture</th>'
     shown = f'<div class="va-scroll"><table class="va">{inside}{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -56,7 +56,7 @@ def search_tab(page: Page) -> None:
             curve = gr.HTML(elem_id="search-curve")
         with gr.Column(min_width=300, scale=2):
             inside = gr.HTML(elem_id="search-inside", js_on_load=CLICK)
-            picked = gr.HTML(elem_id="search-picked")
+            picked = gr.HTML(elem_id="search-picked", elem_classes="va-small")
     with gr.Row():
         save = gr.Button("Save the best", elem_id="search-save")
         file = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="search-png")
