@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -88,7 +88,7 @@ class Jobs:
             self._waiting = [key for key in self._waiting if key[0] != session]
 
 
-def follow(job: Job, work: Callable[[], T], every: float = 0.25) -> Iterator[Report]:
+def follow(job: Job, work: Callable[[], T], every: float = 0.25) -> Generator[Report, None, T]:
     """Do the work in a thread of its own and yield how far it is, at most every so many seconds.
 
     A generator whose value (`yield from`) is what the work returns; what it raises comes out of here. Closing it stops

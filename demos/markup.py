@@ -32,6 +32,7 @@ table.va caption { text-align: left; font-weight: 600; padding-bottom: .3em }
   overflow-wrap: anywhere }
 .gradio-container table.va :is(thead, tbody, tr) { border: none }
 .gradio-container table.va thead th { font-weight: 600 }
+table.va td:not(.n), table.va th:not(.n) { min-width: 5.5em }
 table.va .n { font-variant-numeric: tabular-nums; white-space: nowrap }
 .va-bar { display: block; height: .7em; min-width: 2px; border-radius: 2px; background: #1f6fb4 }
 .va-bar.right { background: #c25700 }

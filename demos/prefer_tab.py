@@ -3,7 +3,7 @@
 import json
 import random
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -113,7 +113,9 @@ def _prompts(page: Page) -> list[str]:
     return world_prompts("test", 40)
 
 
-def _draw_pair(page: Page, job: Job, ways: Sequence[str], lines: str, blind: bool, told: Any) -> Iterator[Updates]:
+def _draw_pair(
+    page: Page, job: Job, ways: Sequence[str], lines: str, blind: bool, told: Any
+) -> Generator[Updates, None, Pair]:
     """Updates of `told` while two pictures of one prompt and seed are drawn; returns the pair, sides at random."""
     prompts = [line.strip() for line in (lines or "").splitlines() if line.strip()]
     if not prompts:
@@ -174,8 +176,8 @@ def results_html(rows: Sequence[dict[str, Any]]) -> str:
         return note("No votes yet.")
     names = sorted({row[f"model_{k}"] for row in rows for k in (0, 1)})
     games = [row for row in rows if row["model_0"] != row["model_1"]]
-    places = [[names.index(row[f"model_{k}"]) for row in games] for k in (0, 1)]
-    found = bradley_terry(*places, [row["label_0"] for row in games], len(names))
+    left, right = ([names.index(row[f"model_{k}"]) for row in games] for k in (0, 1))
+    found = bradley_terry(left, right, [row["label_0"] for row in games], len(names))
     order = sorted(range(len(names)), key=lambda k: -found.values[k])
     lines = [
         (names[k], f"{found.values[k]:+.2f}", f"{found.low[k]:+.2f} to {found.high[k]:+.2f}", found.games[k])

@@ -1,5 +1,6 @@
 """Score: pictures of your own under any of the rewards, and under a rubric of your own."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,7 +93,8 @@ class _Result:
     """A generator to iterate over, whose value is kept."""
 
     def __init__(self, generator: Any) -> None:
-        self._generator, self.value = generator, None
+        self._generator = generator
+        self.value: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         self.value = yield from self._generator
@@ -130,7 +132,7 @@ def read_rubric(lines: str | None) -> list[dict[str, Any]]:
     lines = lines or ""
     if len(lines) > MOST_RUBRIC:
         raise ValueError(f"rubric: got {len(lines)} characters, expected at most {MOST_RUBRIC}")
-    criteria = []
+    criteria: list[dict[str, Any]] = []
     for line in filter(None, (line.strip() for line in lines.splitlines())):
         head, bar, tail = line.partition("|")
         words, weight = (tail.strip(), head.strip()) if bar else (line, "1")
@@ -160,7 +162,8 @@ def ranking_html(
 ) -> str:
     """A table of the pictures, the best by the first reward on top; what could not be scored, and why."""
     first = next(iter(readings.values()))
-    order = sorted(range(len(pictures)), key=lambda n: -(first[n].score if first[n].score is not None else -1e30))
+    scores = [math.inf if reading.score is None else -reading.score for reading in first]
+    order = sorted(range(len(pictures)), key=lambda n: scores[n])
     head = "".join(f'<th scope="col" class="n">{text(name)}</th>' for name in readings)
     rows = ""
     for place, n in enumerate(order, 1):

@@ -97,7 +97,7 @@ def search_tab(page: Page) -> None:
         if job.result is None or node not in job.result.view.nodes:
             return note("That one is not on the page any more.")
         picture, words = job.result.view.nodes[node]
-        return figure(picture, words, words) if picture is not None else note(words)
+        return figure(picture, words, words)
 
     def keep(session: str) -> Updates:
         job = page.jobs.take(session, "search")

@@ -14,12 +14,12 @@ from .markup import data_uri, note, text
 
 LEAVES = 8
 PICTURES = 16
-ROW, COLUMN = 66, 104  # pixels
+ROW, COLUMN = 66, 56  # pixels: the height of a row, the least width of a column
 
 CSS = """
-.va-tree { position: relative; margin: 8px 0 }
+.va-tree { position: relative; margin: 8px 0; width: 100%; max-width: 720px }
 .va-tree svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible }
-.va-tree path { fill: none; stroke: #8a8f98; stroke-width: 1.5 }
+.va-tree path { fill: none; stroke: #8a8f98; stroke-width: 1.5; vector-effect: non-scaling-stroke }
 .va-tree button { position: absolute; transform: translate(-50%, -50%); }
 .va-node { border: 1px solid var(--border-color-primary); border-radius: 6px; color: var(--body-text-color);
   background: var(--background-fill-primary); font-size: 12px; line-height: 1.2; padding: 3px 5px; cursor: pointer;
@@ -41,7 +41,7 @@ class View:
     """What is on the page, and by node what a click on it shows: a picture and words."""
 
     html: str = ""
-    nodes: dict[str, tuple[Image.Image | None, str]] = field(default_factory=dict)
+    nodes: dict[str, tuple[Image.Image, str]] = field(default_factory=dict)
 
 
 class Viewer:
@@ -64,23 +64,24 @@ class Viewer:
             found = leaf_images(self.chain, tree, fresh)
             self._leaves |= {leaf: images_to_pil(image[None])[0] for leaf, image in found.items()}
         places, nodes, parts, edges = places_of(tree, rows), {}, "", ""
+        columns, height = len(tree.rules.levels), len(rows) * ROW
         for node, (column, row) in sorted(places.items()):
-            x, y = (column + 0.5) * COLUMN, (row + 0.5) * ROW
+            x, y = 100 * (column + 0.5) / columns, (row + 0.5) * ROW
             if node:
                 before = places[tree.parent[node]]
-                x0, y0 = (before[0] + 0.5) * COLUMN, (before[1] + 0.5) * ROW
+                x0, y0 = 100 * (before[0] + 0.5) / columns, (before[1] + 0.5) * ROW
                 middle = (x0 + x) / 2
-                edges += f'<path d="M{x0:.0f} {y0:.0f} C{middle:.0f} {y0:.0f} {middle:.0f} {y:.0f} {x:.0f} {y:.0f}"/>'
+                edges += f'<path d="M{x0:.1f} {y0:.0f} C{middle:.1f} {y0:.0f} {middle:.1f} {y:.0f} {x:.1f} {y:.0f}"/>'
             best = next(leaf for leaf in rows if node in tree.path(leaf))  # rows have the best of a branch first
             nodes[str(node)] = (self._leaves[best], _words(tree, node, best))
             thumbnail = self._leaves[node] if tree.is_leaf(node) else None
             parts += _button(str(node), f"{tree.value[node]:.3f}", thumbnail, x, y)
-        width, height = len(tree.rules.levels) * COLUMN, len(rows) * ROW
         said = note(
             f"{tree.scored_leaves} results; the best {len(rows)}, and the way to each from the noise at the left."
         )
-        inside = f'<svg aria-hidden="true">{edges}</svg>{parts}'
-        frame = f'<div class="va-tree" style="width:{width}px;height:{height}px">{inside}</div>'
+        box = f'viewBox="0 0 100 {height}" preserveAspectRatio="none" aria-hidden="true"'
+        size = f"min-width:{columns * COLUMN}px;height:{height}px"
+        frame = f'<div class="va-tree" style="{size}"><svg {box}>{edges}</svg>{parts}</div>'
         return View(f'{said}<div class="va-scroll">{frame}</div>', nodes)
 
     def _pictures(self, event: Event) -> View:
@@ -113,7 +114,7 @@ def _words(tree: Tree, node: int, best: int) -> str:
 def _button(
     node: str, words: str, picture: Image.Image | None = None, x: float | None = None, y: float | None = None
 ) -> str:
-    place = "" if x is None else f' style="left:{x:.0f}px;top:{y:.0f}px"'
+    place = "" if x is None else f' style="left:{x:.1f}%;top:{y:.0f}px"'
     image = "" if picture is None else f'<img alt="" src="{data_uri(picture)}">'
     label = f"node {node}" + (f", value {words}" if words else "")
     facts = f'data-node="{text(node)}" aria-label="{text(label)}"'
