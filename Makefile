@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint browser clean
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no trainers/flow_grpo.py $(ARGS)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Debian's Chromium, in which the workbench is tested; where it cannot be had, those tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || { apt-get update && timeout 900 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || echo "chromium: could not be installed; the tests in a browser will be skipped"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("train", "doctor", "generate", "score", "eval", "world"))
+    assert all(name in out for name in ("train", "doctor", "generate", "score", "eval", "demo", "world"))
     with pytest.raises(SystemExit) as caught:
         cli.main([])
     assert caught.value.code == 2
@@ -74,6 +74,8 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
         (["score", "none.png", "--prompt", "x", "--reward", "gold"], "none.png"),
         (["score", "file", "--prompt", "x", "--reward", "gold"], "images: got 'file', which is no picture"),
         (["score", "file", "--prompt", "x", "--reward", "golden"], "did you mean 'gold'?"),
+        (["demo", "--host", "0.0.0.0"], "demo: user: got none with --host 0.0.0.0, expected --user"),
+        (["demo", "--out", "file"], "out: got 'file', a file, expected a folder"),
         (["world", "build"], "'build' takes one of vae, clip, flow"),
         (["world", "show", "vae"], "the other actions take none"),
         (["world", "prompts", "--count", "0"], "count: got 0"),

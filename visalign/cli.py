@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-bytes", type=int, default=256 * 2**20, help="largest request")
     serve.add_argument("--max-batch", type=int, default=64, help="pictures of several requests scored together")
     serve.set_defaults(run=_serve)
+    demo = commands.add_parser("demo", help="the workbench in a browser: compare, search, score, collect preferences")
+    _add_demo_options(demo)
+    demo.set_defaults(run=_demo)
     rewards = commands.add_parser("rewards", help="what rewards there are, and what one of them is")
     rewards.add_argument("action", choices=("list", "show"))
     rewards.add_argument("name", nargs="?", help="for show")
@@ -188,6 +191,18 @@ def _serve(arguments: argparse.Namespace) -> None:
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"serving {arguments.reward} at http://{host}:{listening.getsockname()[1]}", flush=True)
         serve(make_app(reward, spec, token, limits), listening)
+
+
+def _add_demo_options(parser: argparse.ArgumentParser) -> None:
+    from visalign.demos.settings import add_options
+
+    add_options(parser)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from visalign.demos.app import demo
+
+    demo(arguments)
 
 
 def _read_option(text: str) -> tuple[str, object]:

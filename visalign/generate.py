@@ -1,10 +1,12 @@
 """`visalign generate`: pictures of prompts, drawn plainly or searched for."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from visalign.generator import Generator
 from visalign.images import images_to_pil
@@ -75,16 +77,22 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
+def sample(generator: Generator, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] of N prompts and seeds by the model's usual sampler."""
+    sampler = sampler_of(generator.schedule)
+    images = rollout(generator, prompts, seeds, sampler, sde_steps=None if sampler.stochastic else []).images
+    assert images is not None
+    return images
+
+
+@torch.no_grad()
 def draw(generator: Generator, arguments: argparse.Namespace, reward: Any) -> None:
     """`count` pictures a prompt by the model's usual sampler, from seeds that count up."""
     number = 0
     for prompt in arguments.prompt:
         for start in range(0, arguments.count, arguments.batch_size):
             seeds = [arguments.seed + k for k in range(start, min(start + arguments.batch_size, arguments.count))]
-            sampler = sampler_of(generator.schedule)
-            noisy: list[int] | None = None if sampler.stochastic else []
-            images = rollout(generator, [prompt] * len(seeds), seeds, sampler, sde_steps=noisy).images
-            assert images is not None
+            images = sample(generator, [prompt] * len(seeds), seeds)
             scores = score(reward, images, [prompt] * len(seeds)).total.tolist() if reward else [None] * len(seeds)
             for seed, image, found in zip(seeds, images_to_pil(images), scores):
                 path = arguments.out / f"{number:04d}-seed{seed}.png"

@@ -63,7 +63,7 @@ def draw_tree(tree: Tree, images: Mapping[int, Tensor] | None = None, *, leaves:
     left, right = figure.subplots(1, 2, width_ratios=(3.2, 1))
     shown = sorted({node for leaf in rows for node in tree.path(leaf)})
     norm = Normalize(*_range(tree.value[shown]))
-    places = _places(tree, rows)
+    places = places_of(tree, rows)
     for node in shown:
         _draw_node(left, tree, node, places, norm)
         hidden = tree.count(node) - sum(other != 0 and tree.parent[other] == node for other in shown)
@@ -79,8 +79,8 @@ def draw_tree(tree: Tree, images: Mapping[int, Tensor] | None = None, *, leaves:
     return figure
 
 
-def _places(tree: Tree, rows: list[int]) -> dict[int, tuple[float, float]]:
-    """Column and row of each shown node: leaves one below the other, others in the middle of theirs."""
+def places_of(tree: Tree, rows: list[int]) -> dict[int, tuple[float, float]]:
+    """Column and row of each node on the way to these leaves: leaves one below the other, others amid theirs."""
     under: dict[int, list[int]] = {}
     for row, leaf in enumerate(rows):
         for node in tree.path(leaf):
