@@ -2,16 +2,18 @@
 
     python benchmarks/methods.py                                   # all methods, three seeds; hours on two CPU cores
     python benchmarks/methods.py --methods flow_grpo draft --seeds 0 --budget 20000
+    python benchmarks/methods.py --reward jpeg_compressibility --methods ddpo rlcm --budget 10000 --out runs/jpeg
     python benchmarks/methods.py --write benchmarks/methods.md     # the table and its figure from what is in --out
 
-A run of a method trains on `clip_match` from its world's base model until about `budget` rows have gone through the
+A run of a method trains on `--reward` from its world's base model until about `budget` rows have gone through the
 denoiser (a sample's forward in one step is one row; a backward pass is not counted, but its forward is). Steps are set
 from the rows of a first short run. Then, with the averaged weights and the sampler of evaluations:
     reward, strict gold       200 held-out captions, one picture each, paired with the base's pictures
     yes                       the shipped vision-language model's P(Yes), never trained on here
+    own reward                of SRPO, which trains on the difference that two words before the caption make
     Vendi                     mean Vendi score of 8 pictures a caption, 25 captions, on the shipped CLIP's features
-Controls: the base itself, and the best of 8 pictures a caption by the reward. Intervals are 95 %, over captions of all
-seeds together. Finished runs in --out are read, not run again; every run is a process of its own.
+Controls: the base itself, and the best of 8 pictures a caption by the reward. Intervals are 95 %, over captions, each
+with the mean of its seeds. Finished runs in --out are read, not run again; every run is a process of its own.
 """
 
 import argparse
@@ -31,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-REWARD, JUDGE, GROUP, CAPTIONS = "clip_match", "{name: vqascore, model: shapes-vlm}", 8, 25
+JUDGE, GROUP, CAPTIONS = "{name: vqascore, model: shapes-vlm}", 8, 25
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: world, trainer, options beside its defaults
     "flow_grpo": ("shapes-flow", "flow_grpo", {}),
     "vgpo": ("shapes-flow", "vgpo", {}),
@@ -41,7 +43,7 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: world, trainer,
     "draft_lv": ("shapes-flow", "reward_backprop", {"method": "draft_lv"}),
     "alignprop": ("shapes-flow", "reward_backprop", {"method": "alignprop"}),
     "refl": ("shapes-flow", "reward_backprop", {"method": "refl"}),
-    "srpo": ("shapes-flow", "reward_backprop", {"method": "srpo"}),
+    "srpo": ("shapes-flow", "reward_backprop", {"method": "srpo", "positive": "Realistic", "negative": "Painting"}),
     "adjoint_matching": ("shapes-flow", "adjoint_matching", {}),
     "ddpo": ("shapes-diffusion", "ddpo", {}),
     "texforce": ("shapes-diffusion", "ddpo", {"policy": "text"}),
@@ -83,12 +85,12 @@ class Rows:
             self.count += len(args[0])
 
 
-def train(name: str, steps: int, seed: int, prompts: int, folder: Path) -> tuple[Rows, float]:
+def train(name: str, reward: str, steps: int, seed: int, prompts: int, folder: Path) -> tuple[Rows, float]:
     """One run of a method with the rows that it took, and the seconds of its training."""
     world, trainer, changes = METHODS[name]
     module = importlib.import_module(f"visalign.trainers.{trainer}")
     rows = Rows()
-    options = dict(model=world, reward=REWARD, steps=steps, seed=seed, eval_count=prompts, monitor="off", **changes)
+    options = dict(model=world, reward=reward, steps=steps, seed=seed, eval_count=prompts, monitor="off", **changes)
     module.main(module.Config(**options, run_dir=str(folder), keep=1, save_every=max(1, steps // 4)))
     return rows, json.loads((folder / "summary.json").read_text())["train_seconds"]
 
@@ -110,8 +112,8 @@ def pictures(generator, captions: list[str], each: int = 1):
     return torch.cat(parts), [caption for caption, _ in pairs]
 
 
-def look(generator, count: int) -> dict[str, Any]:
-    """Scores of each held-out caption, and the Vendi scores."""
+def look(generator, reward: str, count: int, methods: list[str]) -> dict[str, Any]:
+    """Scores of each held-out caption, also by the own rewards of these methods, and the Vendi scores."""
     import yaml
 
     from visalign.rewards import make_reward, score
@@ -121,15 +123,19 @@ def look(generator, count: int) -> dict[str, Any]:
 
     captions = world_prompts("test", count)
     images, texts = pictures(generator, captions)
-    judges = {"reward": make_reward(REWARD), "gold": make_reward("gold", strict=True)}
+    judges = {"reward": make_reward(reward), "gold": make_reward("gold", strict=True)}
     judges["yes"] = make_reward(yaml.safe_load(JUDGE))
     seen = {name: score(judge, images, texts).total.tolist() for name, judge in judges.items()}
+    for name in (method for method in methods if "positive" in METHODS[method][2]):
+        words = [METHODS[name][2][side] for side in ("positive", "negative")]
+        wanted, unwanted = (score(judges["reward"], images, [f"{w}. {text}" for text in texts]).total for w in words)
+        seen[f"own of {name}"] = (wanted - unwanted).tolist()
     images, texts = pictures(generator, captions[:CAPTIONS], GROUP)
     features = ClipEncoder(str(SHIPPED), None).embed_images(images).unflatten(0, (-1, GROUP))
     return {**seen, "vendi": [float(vendi_score(group)) for group in features]}
 
 
-def best_of(generator, count: int) -> dict[str, Any]:
+def best_of(generator, reward: str, count: int) -> dict[str, Any]:
     """As `look`, of the picture that the reward likes best of GROUP."""
     import yaml
 
@@ -137,14 +143,14 @@ def best_of(generator, count: int) -> dict[str, Any]:
     from visalign.worlds.shapes import world_prompts
 
     images, texts = pictures(generator, world_prompts("test", count), GROUP)
-    liked = score(make_reward(REWARD), images, texts).total.view(count, GROUP)
+    liked = score(make_reward(reward), images, texts).total.view(count, GROUP)
     rows = (torch.arange(count) * GROUP + liked.argmax(1)).tolist()
     judges = {"gold": make_reward("gold", strict=True), "yes": make_reward(yaml.safe_load(JUDGE))}
     seen = {n: score(judge, images[rows], [texts[r] for r in rows]).total.tolist() for n, judge in judges.items()}
     return {"reward": liked.amax(1).tolist(), **seen, "vendi": None}
 
 
-def run_one(name: str, seed: int, budget: int, prompts: int, out: Path) -> None:
+def run_one(name: str, reward: str, seed: int, budget: int, prompts: int, out: Path) -> None:
     """In a process of its own: a method with one seed, or a control, into a JSON file."""
     from visalign.generator import Generator
     from visalign.worlds import resolve_model
@@ -152,18 +158,19 @@ def run_one(name: str, seed: int, budget: int, prompts: int, out: Path) -> None:
     control, _, world = name.partition(" of ")
     if control in ("base", "best"):
         generator = Generator.from_pretrained(resolve_model(world), dtype=torch.float32)
-        result = (look if control == "base" else best_of)(generator, prompts)
+        base = control == "base"
+        result = look(generator, reward, prompts, list(METHODS)) if base else best_of(generator, reward, prompts)
         result |= {"rows": 0, "images": 0, "seconds": 0.0}
     else:
         folder = out / f"{name.replace(' ', '_')}-{seed}"
         shutil.rmtree(folder / "short", ignore_errors=True)  # of a run that was stopped
-        rows, _ = train(name, 1, seed, 8, folder / "short")
+        rows, _ = train(name, reward, 1, seed, 8, folder / "short")
         steps = max(1, round(budget / rows.count))
         started = time.monotonic()
-        rows, seconds = train(name, steps, seed, 8, folder / f"run-{int(started)}")
+        rows, seconds = train(name, reward, steps, seed, 8, folder / f"run-{int(started)}")
         rows.paused, policy = True, rows.parts.policy
         with policy.swapped(rows.parts.average.values):
-            result = look(rows.parts.generator, prompts)
+            result = look(rows.parts.generator, reward, prompts, [name])
         result |= {"rows": rows.count, "images": rows.parts.images_sampled, "seconds": seconds, "steps": steps}
     (out / f"{name.replace(' ', '_')}-{seed}.json").write_text(json.dumps(result))
 
@@ -178,7 +185,7 @@ def table(names: list[str], seeds: list[int], out: Path) -> tuple[str, dict[str,
     """The table in Markdown, and each method's gains by judge, for the figure."""
     gained = ["reward gain", "strict gold gain", "yes gain"]
     head = ["method", "model", "seeds", *gained, "Vendi (base)", "rows", "images", "seconds"]
-    lines, gains = [], {}
+    lines, notes, gains = [], [], {}
     for name in names:
         world = name.partition(" of ")[2] or METHODS[name][0]
         found = [out / f"{name.replace(' ', '_')}-{seed}.json" for seed in seeds]
@@ -191,17 +198,21 @@ def table(names: list[str], seeds: list[int], out: Path) -> tuple[str, dict[str,
         if label == "base":
             cells = [f"{np.mean(base[judge]):.3f}" for judge in ("reward", "gold", "yes")]
         else:
-            gains[name] = {
-                judge: np.concatenate([np.array(r[judge], float) - np.array(base[judge], float) for r in runs])
-                for judge in ("reward", "gold", "yes")
-            }
+            gains[name] = {judge: gain(runs, base, judge) for judge in ("reward", "gold", "yes")}
+            if (own := f"own of {name}") in base:
+                notes.append(f"\n{name}, gain of its own reward: {interval(gain(runs, base, own))}\n")
             cells = [interval(gains[name][judge]) for judge in ("reward", "gold", "yes")]
         vendi = [v for r in runs for v in r["vendi"] or ()]
         cells.append(f"{np.mean(vendi):.2f} ({np.mean(base['vendi']):.2f})" if vendi else "-")
         cells += [f"{np.mean([r[key] for r in runs]):,.0f}" for key in ("rows", "images", "seconds")]
         label = {"base": "base (its values)", "best": f"best of {GROUP}"}.get(label, label)
         lines.append(f"| {' | '.join([label, world.removeprefix('shapes-'), str(len(runs)), *cells])} |")
-    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) + "\n", gains
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) + "\n" + "".join(notes), gains
+
+
+def gain(runs: list[dict[str, Any]], base: dict[str, Any], judge: str) -> np.ndarray:
+    """(captions,): of a judge's score over the base's, the mean of the runs."""
+    return np.mean([np.array(run[judge], float) - np.array(base[judge], float) for run in runs], axis=0)
 
 
 def figure(gains: dict[str, dict[str, np.ndarray]], file: Path) -> None:
@@ -225,6 +236,7 @@ def figure(gains: dict[str, dict[str, np.ndarray]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--reward", default="clip_match")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=40_000, help="rows through the denoiser")
     parser.add_argument("--prompts", type=int, default=200, help="held-out captions")
@@ -234,13 +246,14 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one:
-        return run_one(arguments.one, arguments.seeds[0], arguments.budget, arguments.prompts, arguments.out)
+        given = (arguments.reward, arguments.seeds[0], arguments.budget, arguments.prompts, arguments.out)
+        return run_one(arguments.one, *given)
     worlds = list(dict.fromkeys(METHODS[name][0] for name in arguments.methods))
     controls = [f"{control} of {world}" for world in worlds for control in ("base", "best")]
     todo = [(name, 0) for name in controls] + [(n, s) for s in arguments.seeds for n in arguments.methods]
     for name, seed in todo if not arguments.write else ():
         if not (arguments.out / f"{name.replace(' ', '_')}-{seed}.json").is_file():
-            command = [sys.executable, __file__, "--one", name, "--seeds", str(seed)]
+            command = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--reward", arguments.reward]
             command += ["--budget", str(arguments.budget), "--prompts", str(arguments.prompts)]
             subprocess.run([*command, "--out", str(arguments.out)], check=True)
     text, gains = table([*controls, *arguments.methods], arguments.seeds, arguments.out)
