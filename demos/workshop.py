@@ -45,7 +45,10 @@ class Workshop:
             device=settings.device,
         )
         self.own_steps, self.own_guidance = self.generator.num_steps, self.generator.guidance_scale
-        self.guided = "guidance_scale" in call_parameters(self.generator.pipeline)
+        parameters = call_parameters(self.generator.pipeline)
+        if "num_frames" in parameters:
+            raise ValueError(f"model: got {settings.model!r}, which draws videos, expected one that draws pictures")
+        self.guided = "guidance_scale" in parameters
         self.variants = Variants(self.generator.pipeline)
         for name in list(self.offered)[: len(settings.loras)]:  # what was asked for must load; runs may wait
             self.variants.add(name, self.offered[name])

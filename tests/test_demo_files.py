@@ -1,7 +1,10 @@
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -140,3 +143,18 @@ def test_settings_with_a_password_may_be_open_and_do_not_show_it():
     assert "secret" not in repr(open_to_all)
     assert Settings(host="localhost").reward_specs[0] == "clip_match" and Settings().judge_name == "shapes-vlm"
     assert Settings(model="owner/name").judge_name is None
+
+
+def test_the_script_is_the_command():
+    script = Path(__file__).parents[1] / "demos" / "app.py"
+    done = subprocess.run([sys.executable, script, "--host", "0.0.0.0"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("demo: user: got none with --host 0.0.0.0")
+
+
+def test_a_model_of_videos_is_refused_as_it_is_loaded(tmp_path):
+    from tiny_pipelines import wan
+    from visalign.demos.workshop import Workshop
+
+    wan().save_pretrained(tmp_path / "wan")
+    with pytest.raises(ValueError, match="model: got .*wan', which draws videos, expected one that draws pictures"):
+        Workshop(Settings(model=str(tmp_path / "wan")))
