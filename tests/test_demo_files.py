@@ -153,6 +153,7 @@ def test_the_script_is_the_command():
 
 def test_a_model_of_videos_is_refused_as_it_is_loaded(tmp_path):
     from tiny_pipelines import wan
+
     from visalign.demos.workshop import Workshop
 
     wan().save_pretrained(tmp_path / "wan")

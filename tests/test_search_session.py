@@ -13,8 +13,9 @@ from visalign import cli
 from visalign.generator import Generator
 from visalign.images import images_to_pil
 from visalign.rewards import make_reward, score
-from visalign.search import METHODS, run
+from visalign.search import METHODS, events_of, prepare, run
 from visalign.search.session import search_prompts
+from visalign.transitions import ode_of
 from visalign.worlds import resolve_model
 
 PROMPT = "two blue squares"
@@ -113,3 +114,48 @@ def test_what_goes_wrong_in_a_reward_is_said_and_what_was_found_stays(tmp_path, 
     told = json.loads((tmp_path / "search.json").read_text())["searches"]
     assert told[0]["best"]["file"] == "0000-best.png" and told[0]["ledger"]["rewards"] == 4
     assert (tmp_path / "0000-best.png").is_file()
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "random", "zero-order"])
+def test_the_best_noise_is_drawn_again_with_more_steps(method, capsys, tmp_path, generator):
+    argv = ["generate", PROMPT, "--search", method, "--reward", "clip_match", "--budget", "15", "--transition", "ode"]
+    cli.main([*argv, "--steps", "2", "--render-steps", "5", "--out", str(tmp_path)])
+    told = json.loads((tmp_path / "search.json").read_text())
+    (record,) = told["searches"]
+    assert record["ledger"]["nfe"] == 10 and record["render"]["ledger"]["nfe"] == 5 and told["render_steps"] == 5
+    *_, last = run(generator, PROMPT, make_reward("clip_match"), method, budget=10, transition="ode")
+    assert record["best"]["reward"] == pytest.approx(last.best.reward, abs=1e-6)
+    with Generator.from_pretrained(resolve_model("shapes-flow"), num_steps=5) as fine, torch.no_grad():
+        fine.noise([PROMPT], [0])
+        latents, ode = last.best.start, ode_of(fine.schedule)
+        for i in range(5):
+            latents = ode(fine.schedule, i, latents, fine.predict(latents, i, [PROMPT]))[0].mean
+        image = fine.decode(latents, [PROMPT])
+    assert images_to_pil(image)[0].tobytes() == Image.open(tmp_path / "0000-render.png").tobytes()
+    wanted = float(score(make_reward("clip_match"), image, [PROMPT]).total[0])
+    assert record["render"]["reward"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_start_is_what_the_best_was_drawn_from(generator):
+    chain = prepare(generator, PROMPT, redness, "zero-order", budget=24, transition="ode")
+    for event in events_of(chain, "zero-order", {}):
+        chain.ledger.nfe -= 2  # of this look
+        again = chain.finish(event.best.start, 0, [0])
+        assert torch.allclose(again, event.best.latents, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--search", "fk"], "search: got 'fk' with render_steps, expected one of"),
+        ([], "with render_steps, expected 'ode'"),
+        (["--transition", "ode", "--render-steps", "2"], "render_steps: got 2, expected more than"),
+        (["--budget", "4"], "render_steps: got 4, expected 1 .. 3, within the budget"),
+        (["--render-steps", "0"], "render_steps: got 0, expected 1 .. 19"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_refused_before_anything_is_spent(change, said, capsys, tmp_path):
+    argv = ["generate", PROMPT, "--search", "best-of-n", "--reward", "clip_match", "--budget", "20", "--steps", "2"]
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--render-steps", "4", "--out", str(tmp_path), *change])
+    assert said in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())

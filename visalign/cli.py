@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--budget", type=int, help="of a search: denoiser calls a prompt, never exceeded; default 500"
     )
+    generate.add_argument("--render-steps", type=int, help="of a search: draw its best noise again in so many")
     generate.add_argument("--transition", help="of a search: its step; default: the model's with noise; ode for none")
     generate.add_argument("--batch-size", type=int, default=16, help="pictures at once; changes no result")
     generate.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of a search; repeatable")

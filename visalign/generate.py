@@ -13,7 +13,7 @@ from visalign.images import images_to_pil
 from visalign.rewards import make_reward, parse_spec, score
 from visalign.rollout import rollout
 from visalign.search import METHODS
-from visalign.search.session import search_prompts
+from visalign.search.session import Finer, search_prompts
 from visalign.training.policy import check_lora_fits
 from visalign.training.run import check_writable
 from visalign.transitions import sampler_of
@@ -43,9 +43,13 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.search:
         assert reward is not None
         said = {key: getattr(arguments, key) for key in ("model", "lora", "reward", "steps", "guidance")}
-        options = dict(budget=arguments.budget or BUDGET, seed=arguments.seed, transition=arguments.transition)
+        budget, finer = arguments.budget or BUDGET, None
+        if arguments.render_steps:
+            budget, said["render_steps"] = budget - arguments.render_steps, arguments.render_steps
+            finer = Finer(arguments.render_steps, lambda: _with_steps(generator, arguments.render_steps))
+        options = dict(budget=budget, seed=arguments.seed, transition=arguments.transition)
         options |= dict(batch_size=arguments.batch_size, **arguments.option)
-        search_prompts(generator, arguments.prompt, reward, arguments.search, arguments.out, said, **options)
+        search_prompts(generator, arguments.prompt, reward, arguments.search, arguments.out, said, finer, **options)
     else:
         draw(generator, arguments, reward)
 
@@ -57,7 +61,7 @@ def check(arguments: argparse.Namespace) -> None:
         ValueError: names the option.
     """
     if arguments.search is None:
-        given = {"budget": arguments.budget, "transition": arguments.transition, "option": arguments.option}
+        given = {name: getattr(arguments, name) for name in ("budget", "transition", "option", "render_steps")}
         for name, value in given.items():
             if value:
                 raise ValueError(f"{name}: got {value!r} without --search, expected one of {sorted(METHODS)} with it")
@@ -70,10 +74,20 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"count: got {arguments.count} with --search, expected 1: it gives the best picture")
         if arguments.budget is not None and arguments.budget < 1:
             raise ValueError(f"budget: got {arguments.budget}, expected >= 1")
+        most = (arguments.budget or BUDGET) - 1
+        if arguments.render_steps is not None and not 1 <= arguments.render_steps <= most:
+            raise ValueError(f"render_steps: got {arguments.render_steps}, expected 1 .. {most}, within the budget")
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size: got {arguments.batch_size}, expected >= 1")
     if arguments.reward:
         parse_spec(arguments.reward)
+
+
+def _with_steps(generator: Generator, num_steps: int) -> Generator:
+    """The same pipeline with other steps, in the place of the generator."""
+    generator.close()
+    settings: dict[str, Any] = dict(num_steps=num_steps, guidance_scale=generator.guidance_scale, calibrate=False)
+    return Generator(generator.pipeline, **settings, **generator.call_kwargs)
 
 
 @torch.no_grad()

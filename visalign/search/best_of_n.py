@@ -30,8 +30,9 @@ def best_of_n(chain: Chain, *, keep_latents: bool = False) -> Iterator[Event]:
     pool = Pool()
     while count := min(chain.batch_size, chain.ledger.left // chain.num_steps):
         entities = range(len(pool.rewards), len(pool.rewards) + count)
-        final = chain.finish(chain.initial(entities), 0, entities)
-        pool.rewards += chain.result(final, entities).tolist()
+        starts = chain.initial(entities)
+        final = chain.finish(starts, 0, entities)
+        pool.rewards += chain.result(final, entities, starts).tolist()
         if keep_latents:
             pool.latents += list(final.cpu().split(1))
         yield chain.event(pool, f"{len(pool.rewards)} drawn")

@@ -146,10 +146,10 @@ class Chain:
         """Rewards (N,), float64 on the CPU, of final latents or of estimates of x0."""
         return self._score(latents)[0]
 
-    def result(self, latents: Tensor, entities: Sequence[int]) -> Tensor:
-        """As `value`, of final latents made by these entities: results, of which the best is kept."""
+    def result(self, latents: Tensor, entities: Sequence[int], starts: Tensor | None = None) -> Tensor:
+        """As `value`, of final latents made by these entities: results, of which the best is kept, with its start."""
         rewards, images = self._score(latents)
-        self._keep(rewards, latents, images, entities)
+        self._keep(rewards, latents, images, entities, starts)
         return rewards
 
     def result_gradient(self, latents: Tensor, entities: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -244,14 +244,18 @@ class Chain:
             (gradient,) = torch.autograd.grad(values.sum(), latents)
         return prediction.detach(), denoised.detach(), values.detach().double().cpu(), gradient
 
-    def _keep(self, rewards: Tensor, latents: Tensor, images: Tensor, entities: Sequence[int]) -> None:
+    def _keep(
+        self, rewards: Tensor, latents: Tensor, images: Tensor, entities: Sequence[int], starts: Tensor | None = None
+    ) -> None:
         if not rewards.isfinite().all():
             row = int((~rewards.isfinite()).nonzero()[0])
             raise RewardError(self.reward.name, f"gave {float(rewards[row])}, expected a number", row, self.prompt)
         self._new += rewards.tolist()
         k = int(rewards.argmax())
         if self.best is None or float(rewards[k]) > self.best.reward:
-            self.best = Best(float(rewards[k]), latents[k : k + 1].clone(), images[k : k + 1].clone(), entities[k])
+            start = None if starts is None else starts[k : k + 1].clone()
+            latents, images = latents[k : k + 1].clone(), images[k : k + 1].clone()
+            self.best = Best(float(rewards[k]), latents, images, entities[k], start)
 
     def _slope(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards, images on the CPU, and the gradient of the rewards by the latents."""

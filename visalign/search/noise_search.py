@@ -47,7 +47,8 @@ def random_search(chain: Chain, *, first: int = 2, growth: int = 2) -> Iterator[
         entities = range(len(found.rewards), len(found.rewards) + count)
         found.rounds, size = found.rounds + 1, size * growth
         for part in (entities[k : k + chain.batch_size] for k in range(0, count, chain.batch_size)):
-            found.rewards += chain.result(chain.finish(chain.initial(part), 0, part), part).tolist()
+            starts = chain.initial(part)
+            found.rewards += chain.result(chain.finish(starts, 0, part), part, starts).tolist()
             yield chain.event(found, f"round {found.rounds} of {count}: {len(found.rewards)} drawn in all")
 
 
@@ -215,7 +216,7 @@ def mean_rank(scores: Tensor) -> Tensor:
 def _results(chain: Chain, noise: Tensor, found: NoiseSearch) -> Tensor:
     """Rewards (N,) of what these noises become, all by the same step noise."""
     entities = range(len(found.rewards), len(found.rewards) + len(noise))
-    rewards = chain.result(chain.finish(noise, 0, [0] * len(noise)), entities)
+    rewards = chain.result(chain.finish(noise, 0, [0] * len(noise)), entities, noise)
     found.rewards += rewards.tolist()
     return rewards
 

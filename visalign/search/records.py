@@ -42,12 +42,14 @@ class Best:
         latents: (1, ...), final.
         image: (1, 3, H, W) in [0, 1], on the CPU.
         entity: what made it: the number of a rollout, particle or candidate.
+        start: (1, ...), the initial noise, of searches that choose by it.
     """
 
     reward: float
     latents: Tensor
     image: Tensor
     entity: int
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True)

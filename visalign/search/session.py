@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from visalign.images import images_to_pil
 
 from . import Chain, Event, events_of, prepare
+from .render import check_render, render
 from .tree import Tree
 from .tree_picture import draw_tree, leaf_images, shown_leaves
 
@@ -33,11 +34,26 @@ class Point:
     state: Any
 
 
+@dataclass(frozen=True)
+class Finer:
+    """A model of more steps, loaded when the search is over: one pipeline takes one generator at a time."""
+
+    num_steps: int
+    load: Callable[[], Any]
+
+
 Trace = list[Point]
 
 
 def search_prompts(
-    generator: Any, prompts: list[str], reward: Callable, method: str, out: Path, said: dict[str, Any], **options: Any
+    generator: Any,
+    prompts: list[str],
+    reward: Callable,
+    method: str,
+    out: Path,
+    said: dict[str, Any],
+    finer: Finer | None = None,
+    **options: Any,
 ) -> None:
     """Search for a picture of each prompt; writes NUMBER-best.png, search.json, search.png and a tree's picture.
 
@@ -45,9 +61,13 @@ def search_prompts(
 
     Args:
         said: what else search.json should tell: model, LoRA, name of the reward.
+        finer: if given, draws each winner's noise once more, into NUMBER-render.png; on top of the budget.
         options: of `visalign.search.run`.
     """
     chains = [prepare(generator, prompt, reward, method, **options) for prompt in prompts]  # all refusals first
+    for chain in chains if finer else ():
+        check_render(chain, method, finer.num_steps)  # type: ignore[union-attr]
+    kept = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None | list)}
     records: list[dict[str, Any]] = []
     with _stoppable() as stopped:
         for number, chain in enumerate(chains):
@@ -56,7 +76,6 @@ def search_prompts(
                 follow(events_of(chain, method, options), chain, prompts[number], stopped, trace)
             finally:  # whatever went wrong, what was found is kept
                 records.append(_record(chain, prompts[number], trace, bool(stopped), number, out))
-                kept = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None | list)}
                 write_json(out / "search.json", {"method": method, **said, **kept, "searches": records})
                 plot_traces(records, out / "search.png")
             if trace and isinstance(trace[-1].state, Tree):
@@ -65,6 +84,19 @@ def search_prompts(
                 figure.savefig(out / f"{number:04d}-tree.png", dpi=100)
             if stopped:
                 break
+    if finer is not None:
+        model = finer.load()
+        for number, (chain, record) in enumerate(zip(chains, records)):
+            record["render"] = _render(chain, model, number, out) if chain.best is not None else None
+        write_json(out / "search.json", {"method": method, **said, **kept, "searches": records})
+
+
+def _render(chain: Chain, model: Any, number: int, out: Path) -> dict[str, Any]:
+    best, ledger = render(chain, model)
+    path = out / f"{number:04d}-render.png"
+    images_to_pil(best.image)[0].save(path)
+    print(f"{path}  {best.reward:.4f}  (its noise in {ledger.nfe} steps)")
+    return {"reward": best.reward, "file": path.name, "ledger": ledger.to_dict()}
 
 
 def follow(events: Iterable[Event], chain: Chain, label: str, stopped: list[int], trace: Trace) -> None:
