@@ -11,7 +11,7 @@ test: .venv/ready
 
 # Debian's Chromium, in which the workbench is tested; where it cannot be had, those tests are skipped and say so.
 browser:
-	@command -v chromium >/dev/null || { apt-get update && timeout 900 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || echo "chromium: could not be installed; the tests in a browser will be skipped"
+	@command -v chromium >/dev/null || { timeout 120 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || echo "chromium: could not be installed; the tests in a browser will be skipped"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
