@@ -136,7 +136,8 @@ METHODS: dict[str, Callable[..., Returned]] = {
     "best-of-8": best_of_8,
     "guidance": guided,
     "fk": particles(fk, potential="diff"),
-    "tds": particles(tds, adaptive=True),
+    "tds": particles(tds, adaptive=True),  # the published image sampler's shift, and the paper's:
+    "tds, mean": particles(tds, adaptive=True, form="mean", guidance_start=0.0, clip=None),
     "das": particles(das),
     "dts": tree(dts),
     "dts, least visited": tree(dts, allocation="least_visited"),
