@@ -281,6 +281,7 @@ def tables(runs: dict[tuple[str, str, int, int], dict]) -> str:
 def figure(runs: dict[tuple[str, str, int, int], dict], file: Path) -> None:
     """Frechet distance, accuracy and distance over denoiser calls, a column for each kind of task."""
     kinds = [kind for kind in KINDS if by_seed(runs, kind)]
+    colours = ["black", *plt.get_cmap("tab10").colors]  # type: ignore[attr-defined]
     measures = {"frechet_tilted": "Frechet distance to the tilted law", "accuracy": "accuracy", "distance": "distance"}
     picture, axes = plt.subplots(len(measures), len(kinds), figsize=(5.2 * len(kinds), 10), squeeze=False, sharex=True)
     for column, kind in enumerate(kinds):
@@ -294,7 +295,16 @@ def figure(runs: dict[tuple[str, str, int, int], dict], file: Path) -> None:
                 values = [found[method, budget][name] for budget in budgets]
                 means, halves = [v.mean() for v in values], [half_width(v) for v in values]
                 sideways = np.array(budgets) * 1.03 ** (place - len(METHODS) / 2)  # intervals do not hide each other
-                axis.errorbar(sideways, means, yerr=halves, marker="o", markersize=3, capsize=2, label=method)
+                axis.errorbar(
+                    sideways,
+                    means,
+                    yerr=halves,
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                    label=method,
+                    color=colours[place],
+                )
             if ("floor", 0) in found:
                 axis.axhline(found["floor", 0][name].mean(), color="#777", linestyle=":", label="floor")
             axis.set_xscale("log")
