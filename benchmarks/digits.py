@@ -63,9 +63,9 @@ class Recording(Chain):
 
     kept: list[Tensor]
 
-    def result(self, latents: Tensor, entities: Sequence[int]) -> Tensor:
+    def result(self, latents: Tensor, entities: Sequence[int], starts: Tensor | None = None) -> Tensor:
         self.kept = [*getattr(self, "kept", []), latents.cpu()]
-        return super().result(latents, entities)
+        return super().result(latents, entities, starts)
 
 
 def last(events) -> Any:

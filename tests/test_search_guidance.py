@@ -66,9 +66,9 @@ def finished(chain, method=guidance, rows=8, **options):
     kept = {}
     keep = chain.result
 
-    def result(latents, entities):
+    def result(latents, entities, starts=None):
         kept.update(zip(entities, latents))
-        return keep(latents, entities)
+        return keep(latents, entities, starts)
 
     chain.result = result
     chain.ledger.max_nfe = options.pop("max_nfe", rows * chain.num_steps)

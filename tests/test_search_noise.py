@@ -180,7 +180,7 @@ def test_branching_without_selection_keeps_the_law():
     schedule = fine_flow(50)
     chain = toy_chain(schedule, transition=ode_of(schedule), max_nfe=400 * (45 + 2 * 160), reward=nothing)
     final, keep = [], chain.result
-    chain.result = lambda latents, entities: final.append(latents) or keep(latents, entities)
+    chain.result = lambda latents, entities, starts=None: final.append(latents) or keep(latents, entities, starts)
     list(paths(chain, starts=400, branches=2))
     x = torch.cat(final)
     assert len(x) >= 800 and abs(float((x > 0).double().mean()) - 0.5) < 0.06
