@@ -260,12 +260,14 @@ def main() -> None:
     parser.add_argument("--tag", default="base", help="what the files in --out are called")
     parser.add_argument("--beside", nargs="*", default=[], metavar="TAG", help="searches shown beside the base's")
     parser.add_argument("--captions", type=int, default=50)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="so many: 0 .. N - 1")
     parser.add_argument("--doublings", type=int, default=7)
     parser.add_argument("--part", default="0/1", help="this process's share of the captions")
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
     parser.add_argument("--write", type=Path, help="write the table here, and the figure beside it as .png")
     arguments = parser.parse_args()
+    if arguments.seeds < 1 or arguments.captions < 1:
+        parser.error(f"seeds, captions: got {arguments.seeds}, {arguments.captions}, expected >= 1")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.write:
         work(arguments)
