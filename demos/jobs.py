@@ -79,6 +79,7 @@ class Jobs:
             job = self._jobs.get((session, tab))
         if job is not None:
             job.stop()
+            job.report("Stopping.")
 
     def forget(self, session: str) -> None:
         """Stop and drop all of a visitor who has left."""

@@ -109,13 +109,12 @@ def work(
             page.jobs.end(job)
         yield done
 
-    def halt(request: gr.Request) -> str:
+    def halt(request: gr.Request) -> None:  # says nothing itself: its answer could come after the work's last word
         page.jobs.stop(request.session_hash or "", tab)
-        return status("Stopping.", busy=True)
 
     begun = gr.on(triggers, begin, list(inputs), [*outputs, told, stop, go, *freeze], queue=False, **HIDDEN)
     if listen:
-        stop.click(halt, None, told, queue=False, **HIDDEN)
+        stop.click(halt, None, None, queue=False, **HIDDEN)
     return begun.then(
         run,
         list(inputs),

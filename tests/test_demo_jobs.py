@@ -81,3 +81,20 @@ def test_leaving_a_page_stops_its_work_and_waits_for_it():
     next(following)
     following.close()
     assert ended.is_set() and job.halt.is_set()
+
+
+def test_a_stop_is_told_by_the_work_itself_so_that_its_last_word_stays_the_last():
+    jobs = Jobs()
+    jobs.begin("a", "search")
+    job = jobs.take("a", "search")
+    told: list[str] = []
+
+    def work():
+        job.report("under way")
+        assert job.halt.wait(30)
+        time.sleep(0.05)
+
+    for report in follow(job, work, every=0.01):
+        told.append(report.words)
+        jobs.stop("a", "search")
+    assert told[0] == "under way" and set(told[1:]) == {"Stopping."}
