@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from visalign.search.session import write_json
+
 from .settings import MAX_PIXELS, MAX_UPLOAD
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -165,13 +167,6 @@ def new_folder(parent: Path) -> Path:
     """A new folder named by the time."""
     parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=datetime.now(UTC).strftime("%Y%m%d-%H%M%S-"), dir=parent))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def to_download(path: Path) -> str:

@@ -9,9 +9,10 @@ import gradio as gr
 
 from visalign.images import images_to_pil
 from visalign.search import METHODS, Best
+from visalign.search.session import write_json
 
 from .asked import MOST_BUDGET, MOST_STEPS, Asked, Side
-from .files import new_folder, png_info, to_download, write_json
+from .files import new_folder, png_info, to_download
 from .jobs import Job, follow
 from .markup import figure, note, status
 from .page import HIDDEN, Page, Updates, guarded, work

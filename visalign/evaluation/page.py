@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from visalign.training.report import figure_uri
+
 from .record import shown
 from .results import Results, extremes
 from .store import Store
@@ -153,11 +155,7 @@ def _figure(record: dict[str, Any]) -> str:
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return figure_uri(figure)
 
 
 def _number(told: dict[str, float | None] | None, style: str = "", star: str = "") -> str:

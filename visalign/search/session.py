@@ -148,9 +148,9 @@ def plot_traces(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, path)
 
 

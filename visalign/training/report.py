@@ -80,6 +80,11 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
         axis.set_xlabel("step", fontsize=8)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
+    return figure_uri(figure)
+
+
+def figure_uri(figure: Any) -> str:
+    """A finished figure as a data: address for a page; the figure is closed."""
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
