@@ -142,6 +142,8 @@ METHODS: dict[str, Callable[..., Returned]] = {
     "dts": tree(dts),
     "dts, least visited": tree(dts, allocation="least_visited"),
     "dts-star": tree(dts_star),
+    "dts, guided": tree(dts, guidance=1.0),  # its weights hold, and spread over 64 pixels; those of the next are 1:
+    "dts-star, guided": tree(dts_star, guidance=1.0),
 }
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def tables(runs: dict[tuple[str, str, int, int], dict]) -> str:
 def figure(runs: dict[tuple[str, str, int, int], dict], file: Path) -> None:
     """Frechet distance, accuracy and distance over denoiser calls, a column for each kind of task."""
     kinds = [kind for kind in KINDS if by_seed(runs, kind)]
-    colours = ["black", *plt.get_cmap("tab10").colors]  # type: ignore[attr-defined]
+    colours = ["black", *plt.get_cmap("tab10").colors, "#8c6d31", "#393b79"]  # type: ignore[attr-defined]
     measures = {"frechet_tilted": "Frechet distance to the tilted law", "accuracy": "accuracy", "distance": "distance"}
     picture, axes = plt.subplots(len(measures), len(kinds), figsize=(5.2 * len(kinds), 10), squeeze=False, sharex=True)
     for column, kind in enumerate(kinds):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from visalign.search import snis_weights
-from visalign.search.tree import Rules, Tree, boltzmann, soft_backup, uct, widening_bound
+from visalign.search.tree import Tree
 from visalign.search.tree_picture import draw_tree, shown_leaves
 from visalign.search.tree_reading import best_leaf, draw_leaves, greedy_leaf, health, leaf_law, reweighted
+from visalign.search.tree_rules import Rules, boltzmann, soft_backup, uct, widening_bound
 
 NESTED = [[0.3, 1.2, -0.5], [2.0], [0.9, 0.1]]
 
@@ -28,6 +29,8 @@ def two_levels(branches=NESTED, **rules) -> Tree:
 
 def test_the_backup_has_its_known_values_and_limits():
     assert soft_backup(np.array([0.0, math.log(3)]), 1.0) == pytest.approx(math.log(2), abs=1e-15)
+    weighted = soft_backup(np.array([0.0, math.log(2)]), 2.0, np.log([3.0, 0.5]))
+    assert weighted == pytest.approx(0.5 * math.log((3 + 0.5 * 4) / 2), abs=1e-15)
     values = np.array([0.3, 1.2, -0.5])
     for tilt in (0, 1e-9, 0.5, 30.0, 1e6, math.inf):
         for n in (1, 2, 7):
@@ -46,6 +49,7 @@ def test_children_are_chosen_by_their_known_shares():
     values = np.array([0.0, math.log(2), math.log(5)])
     np.testing.assert_allclose(boltzmann(values, 1.0), [1 / 8, 2 / 8, 5 / 8])
     np.testing.assert_allclose(boltzmann(values, 2.0), np.array([1, 4, 25]) / 30)
+    np.testing.assert_allclose(boltzmann(values, 1.0, np.log([5, 2, 1])), [5 / 14, 4 / 14, 5 / 14])
     np.testing.assert_allclose(boltzmann(values, 0.0), [1 / 3] * 3)
     np.testing.assert_allclose(boltzmann(np.array([1.0, 3.0, 3.0]), math.inf), [0, 0.5, 0.5])
     assert boltzmann(np.array([0.0, 1e5]), 1.0).tolist() == [0, 1]
@@ -83,6 +87,17 @@ def test_a_flat_tree_draws_by_importance_weights():
     for k, reward in enumerate(rewards):
         tree.score(tree.add(0, k), reward)
     np.testing.assert_allclose(leaf_law(tree), snis_weights(rewards, 3.0).numpy(), rtol=1e-14)
+
+
+def test_weighted_leaves_are_drawn_by_weight_and_reward():
+    tree = Tree(Rules(1, tilt=2.0))
+    for k, reward in enumerate([0.0, 1.0, 0.5]):
+        tree.score(tree.add(0, k), reward)
+    tree.log_weight[tree.leaves] = np.log([4.0, 1.0, 0.5])
+    tree.back_up()
+    shares = np.array([4, math.e**2, 0.5 * math.e])
+    np.testing.assert_allclose(leaf_law(tree), shares / shares.sum())
+    assert tree.value[0] == pytest.approx(math.log(shares.mean()) / 2)
 
 
 def test_a_constant_added_to_rewards_shifts_values_and_leaves_draws():

@@ -20,6 +20,7 @@ CASES = [
     (dts, {"leaves_at_once": 4, "cache": True, "tilt": math.inf}),
     (dts_star, {"leaves_at_once": 1, "cache": True}),
     (dts_star, {"leaves_at_once": 5, "standardize": 7}),
+    (dts, {"leaves_at_once": 5, "standardize": 7, "guidance": 1.0}),
 ]
 
 
@@ -28,7 +29,7 @@ def assert_same(one, other):
     assert one.parent == other.parent and one.rollout == other.rollout and one.queue == other.queue
     assert (one.rules, one.iterations, one.unit, one.leaf) == (other.rules, other.iterations, other.unit, other.leaf)
     size = one.size
-    for name in ("value", "visits", "scored"):
+    for name in ("value", "visits", "scored", "log_weight"):
         np.testing.assert_array_equal(getattr(one, name)[:size], getattr(other, name)[:size])
     for name in ("states", "predictions"):
         mine, theirs = getattr(one, name), getattr(other, name)
@@ -60,7 +61,7 @@ def test_a_search_in_parts_is_the_search_in_one(method, options, tmp_path):
     assert torch.equal(chain.best.latents, whole.best.latents) and torch.equal(chain.best.image, whole.best.image)
 
 
-@pytest.mark.parametrize("method, options", CASES[1::3])
+@pytest.mark.parametrize("method, options", [*CASES[1::3], CASES[-1]])
 def test_a_killed_search_goes_on_from_its_folder(method, options, tmp_path):
     _, events = search(method, 600, **options, **SMALL)
     running, killed, saves = tmp_path / "running", tmp_path / "killed", set()

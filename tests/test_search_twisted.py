@@ -11,17 +11,8 @@ from visalign.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.resampling import effective_sample_size
 from visalign.search.steering import fk
-from visalign.search.twisted import (
-    das,
-    log_ratio,
-    tds,
-    temper,
-    temper_by_ess,
-    twist,
-    twist_scale,
-    twisted_least,
-    usual_rate,
-)
+from visalign.search.twist import log_ratio, twist, twist_scale
+from visalign.search.twisted import das, tds, temper, temper_by_ess, twisted_least, usual_rate
 from visalign.transitions import Gaussian, Schedule, noisy_of
 from visalign.worlds import resolve_model
 

@@ -1,104 +1,17 @@
-"""A tree of partly denoised states, its soft values, and the rules by which it grows.
+"""A tree of partly denoised states and its soft values.
 
 Diffusion tree sampling and search (Jain et al. 2025, arXiv:2506.20701). The root stands above the noise: its children
 are fresh rollouts. A node's children are independent draws of the kernel, so the value of a node, which estimates
 V(x) = log E[exp(tilt r) | x] / tilt, is their mean under that map, and drawing by it gives the law tilted by
-exp(tilt r).
+exp(tilt r). Children drawn from another law q than the kernel p weigh p / q each.
 """
 
-import math
 from array import array
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-SELECTIONS = ("boltzmann", "mixed", "least_visited", "uct")
-
-
-def soft_backup(values: np.ndarray, tilt: float) -> float:
-    """(1/tilt) log mean exp(tilt v) of the children's values (n,): their mean at tilt 0, their maximum at infinity."""
-    if tilt == 0:
-        return float(values.mean())
-    top = values.max()
-    if math.isinf(tilt):
-        return float(top)
-    return float(top + np.log1p(np.expm1(tilt * (values - top)).mean()) / tilt)
-
-
-def boltzmann(values: np.ndarray, tilt: float) -> np.ndarray:
-    """softmax(tilt v), (n,): uniform at tilt 0, and over the largest at infinity."""
-    top = values.max()
-    weights = (values == top).astype(float) if math.isinf(tilt) else np.exp(tilt * (values - top))
-    return weights / weights.sum()
-
-
-def uct(values: np.ndarray, visits: np.ndarray, parent_visits: int, c: float) -> np.ndarray:
-    """v + c sqrt(log N(parent) / N(child)), (n,): the child of the largest is taken."""
-    return values + c * np.sqrt(math.log(parent_visits) / visits)
-
-
-def widening_bound(visits: int, widening: float, exponent: float) -> float:
-    """C N^alpha: a node with fewer children gets another one."""
-    return widening * visits**exponent
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a tree grows.
-
-    Attributes:
-        steps: T of the chain.
-        branch_at: the steps, rising in 1 .. T-1, whose state may have several children; the root always may.
-        tilt: of the target, in [0, infinity]; of rewards in units of their spread if `standardize`.
-        widening, exponent: C > 0 and alpha in (0, 1), see `widening_bound`.
-        selection: one of SELECTIONS: the child that is descended to.
-        epsilon: the uniform share of "mixed".
-        c_uct: exploration of "uct", in standard deviations of the leaves' rewards.
-        leaves_at_once: rollouts that are selected before the first of them is scored.
-        standardize: rollouts from the root by whose spread the tilt is divided; 0: it is not.
-        cache: whether the predictions at branching states are kept.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    steps: int
-    branch_at: tuple[int, ...] = ()
-    tilt: float = 1.0
-    widening: float = 2.0
-    exponent: float = 0.8
-    selection: str = "boltzmann"
-    epsilon: float = 0.0
-    c_uct: float = 0.0
-    leaves_at_once: int = 1
-    standardize: int = 0
-    cache: bool = False
-
-    def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("tilt", self.tilt >= 0, ">= 0"),
-            ("widening", self.widening > 0, "> 0"),
-            ("exponent", 0 < self.exponent < 1, "within (0, 1)"),
-            ("selection", self.selection in SELECTIONS, f"one of {SELECTIONS}"),
-            ("epsilon", 0 <= self.epsilon <= 1, "within [0, 1]"),
-            ("c_uct", 0 <= self.c_uct < math.inf, ">= 0 and finite"),
-            ("leaves_at_once", self.leaves_at_once >= 1, ">= 1"),
-            ("standardize", self.standardize == 0 or self.standardize >= 2, "0, or >= 2 rollouts"),
-            (
-                "standardize",
-                not self.standardize or 0 < self.tilt < math.inf,
-                f"0 with tilt {self.tilt}, which no unit of reward changes",
-            ),
-            ("branch_at", _rising(self.branch_at, self.steps), f"rising steps in 1 .. {self.steps - 1}"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """The step that a node of each depth stands before: 0 for the root, T for leaves."""
-        return (0, *self.branch_at, self.steps)
+from .tree_rules import Rules, boltzmann, soft_backup
 
 
 class Tree:
@@ -109,6 +22,7 @@ class Tree:
     Attributes:
         parent, depth, rollout: of each node; the rollout that made it.
         value, visits, scored: arrays, used up to `size`; a leaf's value is its reward.
+        log_weight: likewise: log p - log q of the steps from the parent; 0 where they were drawn from the kernel p.
         states, predictions: by node, (1, ...) on the CPU; none of the root.
         leaf: the leaf that each rollout ends in.
         queue: leaves whose rollout is pending.
@@ -121,6 +35,7 @@ class Tree:
         self.unit: float | None = None
         self.parent, self.depth, self.rollout = [-1], [0], [-1]
         self.value, self.visits, self.scored = np.zeros(64), np.ones(64, np.int64), np.zeros(64, bool)
+        self.log_weight = np.zeros(64)
         self.states: dict[int, Tensor] = {}
         self.predictions: dict[int, Tensor] = {}
         self.leaf = array("q")
@@ -188,6 +103,7 @@ class Tree:
             self.value = np.concatenate([self.value, np.zeros(node)])
             self.visits = np.concatenate([self.visits, np.ones(node, np.int64)])
             self.scored = np.concatenate([self.scored, np.zeros(node, bool)])
+            self.log_weight = np.concatenate([self.log_weight, np.zeros(node)])
         self.parent.append(parent)
         self.depth.append(self.depth[parent] + 1)
         self.rollout.append(rollout)
@@ -208,7 +124,15 @@ class Tree:
                 self._pending[self.parent[node]] -= 1
         self.value[leaf] = reward
         for node in reversed(path[:-1]):
-            self.value[node] = soft_backup(self.value[self.children(node)], self.tilt)
+            self.value[node] = self.backup(self.children(node))
+
+    def backup(self, children: np.ndarray) -> float:
+        """The value that these children give their parent."""
+        return soft_backup(self.value[children], self.tilt, self.log_weight[children])
+
+    def shares(self, children: np.ndarray) -> np.ndarray:
+        """The probabilities (n,) at which siblings are drawn by their values."""
+        return boltzmann(self.value[children], self.tilt, self.log_weight[children])
 
     def restore(self, queue: list[int]) -> None:
         """Of a tree that was just added node by node: these leaves are pending, all others' rollouts are scored."""
@@ -230,8 +154,4 @@ class Tree:
         for node in reversed(range(self.size)):
             if not self.is_leaf(node) and (node == 0 or self.scored[node]):
                 scored = self.children(node)
-                self.value[node] = soft_backup(self.value[scored], self.tilt) if len(scored) else 0.0
-
-
-def _rising(steps: tuple[int, ...], end: int) -> bool:
-    return all(0 <= before < after < end for before, after in zip((0, *steps), steps))
+                self.value[node] = self.backup(scored) if len(scored) else 0.0

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .chain import Best, Chain
 from .ledger import Ledger
-from .tree import Rules, Tree
+from .tree import Tree
+from .tree_rules import Rules
 
 FORMAT = 1
 
@@ -142,6 +143,7 @@ def _tree(folder: Path, saved: dict[str, Any]) -> tuple[Tree, dict[str, Tensor]]
         tree.add(parent, rollout)
     tree.value[: tree.size] = numbers["value"]
     tree.visits[: tree.size] = numbers["visits"]
+    tree.log_weight[: tree.size] = numbers.get("log_weight", 0.0)  # of trees saved before there was guidance
     tree.iterations, tree.unit = numbers["iterations"], numbers["unit"]
     tree.restore(numbers["queue"])
     others: dict[str, Tensor] = {}
@@ -161,6 +163,7 @@ def _numbers(tree: Tree) -> dict[str, Any]:
         "rollout": tree.rollout[1:],
         "value": tree.value[:size].tolist(),
         "visits": tree.visits[:size].tolist(),
+        "log_weight": tree.log_weight[:size].tolist(),
         "queue": tree.queue,
         "iterations": tree.iterations,
         "unit": tree.unit,

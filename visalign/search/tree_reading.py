@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tree import Tree, boltzmann
+from .tree import Tree
 
 
 def reweighted(tree: Tree, *, tilt: float | None = None, rewards: Sequence[float] | Tensor | None = None) -> Tree:
@@ -19,9 +19,11 @@ def reweighted(tree: Tree, *, tilt: float | None = None, rewards: Sequence[float
         raise ValueError(f"rewards: got {len(rewards)}, expected {len(tree.leaves)}, one per leaf")
     if tilt is not None and not tilt >= 0:
         raise ValueError(f"tilt: got {tilt}, expected >= 0")
+    if tilt == 0 and tree.log_weight.any():
+        raise ValueError("tilt: got 0 for a guided tree, expected > 0, however small: its children's weights need one")
     other = copy.deepcopy(tree, {id(tree.states): tree.states, id(tree.predictions): tree.predictions})
     if tilt is not None:
-        other.rules, other.unit = dataclasses.replace(tree.rules, tilt=tilt, standardize=0), None
+        other.rules, other.unit = dataclasses.replace(tree.rules, tilt=tilt, standardize=0, guidance=0.0), None
     if rewards is not None:
         other.value[tree.leaves] = np.asarray(rewards, float)
     other.back_up()
@@ -29,12 +31,12 @@ def reweighted(tree: Tree, *, tilt: float | None = None, rewards: Sequence[float
 
 
 def leaf_law(tree: Tree) -> np.ndarray:
-    """The probability of each of `leaves`, (n,), when children are drawn by softmax(tilt v) from the root down."""
+    """The probability of each of `leaves`, (n,), when children are drawn by their `shares` from the root down."""
     law = np.zeros(tree.size)
     law[0] = 1.0
     for node in range(tree.size):
         if law[node] and not tree.is_leaf(node) and len(below := tree.children(node)):
-            law[below] = law[node] * boltzmann(tree.value[below], tree.tilt)
+            law[below] = law[node] * tree.shares(below)
     return law[tree.leaves]
 
 

@@ -1,10 +1,13 @@
 """Rollouts of a tree: what they cost, which fit in a budget, and several of them finished together."""
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor
 
 from .chain import Chain
 from .tree import Tree
+from .twist import draw_twisted
 
 
 def _origin(tree: Tree, leaf: int) -> int:
@@ -42,6 +45,7 @@ def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -
     origins = {leaf: _origin(tree, leaf) for leaf in batch}
     paths = {leaf: tree.path(leaf) for leaf in batch}
     depths = {level: depth for depth, level in enumerate(tree.rules.levels) if depth}
+    log_weights = {leaf: [0.0] * len(path) for leaf, path in paths.items()}
     walking: list[int] = []
     parts: list[Tensor] = []
     for step in range(min(tree.level(origin) for origin in origins.values()), chain.num_steps):
@@ -50,11 +54,19 @@ def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -
             walking += joining
             parts += _starts(chain, tree, joining, origins, device)
         latents = torch.cat(parts)
-        prediction = _predict(chain, tree, latents, step, [origins[leaf] for leaf in joining])
+        rows = [tree.rollout[leaf] for leaf in walking]
+        prediction, gradient = _predict(chain, tree, latents, step, [origins[leaf] for leaf in joining])
         if tree.rules.cache and step in depths:
             for row, leaf in zip(prediction.cpu().split(1), walking):
                 tree.predictions.setdefault(paths[leaf][depths[step]], row)
-        latents = chain.draw(chain.kernel(latents, step, prediction)[0], step, [tree.rollout[leaf] for leaf in walking])
+        gaussian = chain.kernel(latents, step, prediction)[0]
+        if gradient is None:
+            latents = chain.draw(gaussian, step, rows)
+        else:
+            scale = tree.rules.guidance * tree.tilt * chain.stds[step] ** 2
+            latents, ratios = draw_twisted(chain, gaussian, step, rows, gradient, scale, tree.rules.clip)
+            for leaf, ratio in zip(walking, ratios.tolist()):
+                log_weights[leaf][bisect_right(tree.rules.levels, step)] += ratio
         if step + 1 in depths:
             for row, leaf in zip(latents.cpu().split(1), walking):
                 tree.states[paths[leaf][depths[step + 1]]] = row
@@ -63,6 +75,9 @@ def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -
     rewards = chain.result(latents, [tree.rollout[leaf] for leaf in batch])
     for leaf, reward in zip(batch, rewards.tolist()):
         tree.queue.remove(leaf)
+        for node, log_weight in zip(paths[leaf], log_weights[leaf]):
+            if tree.rules.weighted and not tree.scored[node]:
+                tree.log_weight[node] = log_weight
         tree.score(leaf, reward)
 
 
@@ -75,8 +90,21 @@ def _starts(
     return [tree.states[origins[leaf]].to(device) for leaf in joining]
 
 
-def _predict(chain: Chain, tree: Tree, latents: Tensor, step: int, joined: list[int]) -> Tensor:
-    """Predictions of the rows, (N, ...): those kept at the nodes that the last rows have just joined from, if any."""
+def _predict(chain: Chain, tree: Tree, latents: Tensor, step: int, joined: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Predictions of the rows, (N, ...), and the gradients of the estimates' rewards where the step is guided.
+
+    Predictions are those kept at the nodes that the last rows have just joined from, if any.
+    """
+    if _guided(chain, tree, step):
+        valued = chain.value_gradient(latents, step)
+        return valued.prediction, valued.gradient
     kept = [tree.predictions[node].to(latents.device) for node in joined if node in tree.predictions]
     asked = latents[: len(latents) - len(kept)]
-    return torch.cat([chain.predict(asked, step), *kept] if len(asked) else kept)
+    return torch.cat([chain.predict(asked, step), *kept] if len(asked) else kept), None
+
+
+def _guided(chain: Chain, tree: Tree, step: int) -> bool:
+    """Whether the step is shifted: not while the unit of reward, and with it the tilt, is being measured."""
+    rules = tree.rules
+    late = step >= rules.guidance_start * rules.steps
+    return rules.guidance > 0 and late and chain.stds[step] > 0 and not tree.measuring

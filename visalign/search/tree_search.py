@@ -13,9 +13,10 @@ import torch
 
 from .chain import Chain
 from .records import Event, Role
-from .tree import Rules, Tree, boltzmann, uct, widening_bound
+from .tree import Tree
 from .tree_file import TreeFile
 from .tree_rollout import affordable, cheapest, roll_out
+from .tree_rules import Rules, uct, widening_bound
 
 FEW_STEPS = 8  # up to here every step branches
 IDLE = 10_000  # selections in a row, all of scored leaves, after which a search ends: its bound lets no child in
@@ -33,6 +34,10 @@ def dts(
     leaves_at_once: int = 1,
     standardize: int = 0,
     cache: bool = False,
+    guidance: float = 0.0,
+    guidance_start: float = 0.2,
+    clip: float | None = 1.0,
+    weighted: bool = True,
     iterations: int | None = None,
     folder: str | Path | None = None,
     save_every: int = 100,
@@ -53,6 +58,12 @@ def dts(
         leaves_at_once: rollouts made together, faster and blind to each other; 1 is the paper's.
         standardize: this many rollouts first all start at the root; the tilt is divided by their rewards' spread.
         cache: keep the predictions at branching states: further children there cost one prediction less, and memory.
+        guidance: shift the mean of each step by guidance * tilt * its variance * the gradient of the reward of the
+            estimate of x0, at one backward pass a step; 0: none, 1: the step tilted, were the reward linear.
+        guidance_start: the share of the steps before which none is shifted: estimates of x0 are vague there.
+        clip: bound on a shift, in units of the step's noise; None: none.
+        weighted: guided children weigh p / q, so that draws have the tilted law still. The weights spread as latents
+            grow, and soon one child has all; False is the published heuristic, whose draws lean further.
         iterations: stop after so many selections, rounded up to whole batches; None: when the budget is spent.
         folder: where the tree is saved every `save_every` iterations and at the end; one that lies there is
             continued, its spending included, and gives what one long search would have given.
@@ -75,6 +86,10 @@ def dts(
         leaves_at_once=leaves_at_once,
         standardize=standardize,
         cache=cache,
+        guidance=guidance,
+        guidance_start=guidance_start,
+        clip=clip,
+        weighted=weighted,
     )
     kept = TreeFile(chain, "dts", folder, save_every, {"widening": widening, "exponent": exponent})
     yield from _grow(chain, rules, kept, iterations)
@@ -91,6 +106,9 @@ def dts_star(
     leaves_at_once: int = 1,
     standardize: int = 0,
     cache: bool = False,
+    guidance: float = 0.0,
+    guidance_start: float = 0.2,
+    clip: float | None = 1.0,
     iterations: int | None = None,
     folder: str | Path | None = None,
     save_every: int = 100,
@@ -104,6 +122,7 @@ def dts_star(
             others.
         c_uct: exploration, in standard deviations of the leaves' rewards so far. The paper names no number; without
             any, the widening explores, and that found more here.
+        guidance, guidance_start, clip: as `dts`, without weights, as published: values are those of the shifted steps.
         others: as `dts`.
     """
     rules = Rules(
@@ -116,6 +135,10 @@ def dts_star(
         leaves_at_once=leaves_at_once,
         standardize=standardize,
         cache=cache,
+        guidance=guidance,
+        guidance_start=guidance_start,
+        clip=clip,
+        weighted=False,
     )
     kept = TreeFile(chain, "dts-star", folder, save_every, {"widening": widening, "exponent": exponent})
     yield from _grow(chain, rules, kept, iterations)
@@ -125,6 +148,8 @@ def _grow(chain: Chain, rules: Rules, kept: TreeFile, iterations: int | None) ->
     """Select leaves_at_once times, roll out what the budget allows of it, score, back up."""
     if iterations is None and chain.ledger.max_nfe is None:
         raise ValueError("iterations: got None, expected a number, for a chain without a budget")
+    if rules.guidance:
+        chain.require_gradient()
     device = chain.initial([0]).device
     tree = kept.open(rules, device)
     last, rolled = math.inf if iterations is None else iterations, tree.iterations
@@ -178,7 +203,7 @@ def _choose(tree: Tree, node: int, below: np.ndarray, chance: float, c: float) -
         return int(tree.visits[below].argmin())
     if rules.selection == "uct":
         return int(uct(values, tree.visits[below], int(tree.visits[node]), c).argmax())
-    shares = (1 - rules.epsilon) * boltzmann(values, tree.tilt) + rules.epsilon / len(below)
+    shares = (1 - rules.epsilon) * tree.shares(below) + rules.epsilon / len(below)
     reached = np.cumsum(shares)
     return int(np.searchsorted(reached[:-1], chance * reached[-1], side="right"))
 
