@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from search_toys import Quadrature, flow_schedule, toy_chain, vp_schedule
+from search_toys import MixtureModel, Quadrature, ToyChain, flow_schedule, half, toy_chain, vp_schedule
 
-from visalign.rewards import as_reward
+from visalign.generator import Generator
+from visalign.rewards import CombinedReward, Member, as_reward, make_reward, score
 from visalign.search import BudgetExceeded, Ledger, best_of_n_kl, expected_best, run, snis_weights
-from visalign.search.best_of_n import best_of_n
-from visalign.transitions import flow_ddim, flow_ode
+from visalign.search.best_of_n import best_of_n, mean_rank
+from visalign.transitions import flow_ddim, flow_ode, noisy_of
+from visalign.worlds import resolve_model
 
 
 @pytest.mark.parametrize(
@@ -134,3 +136,67 @@ def test_a_reward_that_is_no_number_is_said_also_where_it_is_differentiated():
     chain = toy_chain(reward=broken)
     with pytest.raises(ValueError, match="reward 'broken', sample 0, prompt 'toy': gave nan, expected a number"):
         chain.result_gradient(torch.zeros(2, 1, dtype=torch.float64), [0, 1])
+
+
+def test_the_mean_rank_of_verifiers_ignores_their_scales_and_shares_ties():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.5], [1000.0, 3000.0, 4000.0, -5.0]])
+    expected = torch.tensor([(4 + 3) / 2, (1 + 2) / 2, (2.5 + 1) / 2, (2.5 + 4) / 2], dtype=torch.float64)
+    torch.testing.assert_close(mean_rank(scores), expected)
+    assert int(mean_rank(scores).argmin()) == 1
+    torch.testing.assert_close(mean_rank(scores.flip(1)), expected.flip(0))
+    torch.testing.assert_close(mean_rank(torch.stack([scores[0].exp(), scores[1] * 7 - 1])), expected)
+
+
+class Judges(ToyChain):
+    """Three verifiers of a number that have nothing in common."""
+
+    @staticmethod
+    def judged(x):
+        return torch.stack([(31 * x).sin(), (53 * x).sin(), (77 * x).sin()])
+
+    def _rewards(self, images, prompts):
+        x = images.flatten(1).sum(1)
+        self.member_scores.append(self.judged(x))
+        return self.member_scores[-1].sum(0)
+
+
+def test_an_ensemble_chooses_by_mean_rank_among_all_so_far():
+    reward = CombinedReward([Member(name, 1.0, as_reward(half)) for name in "abc"])
+    model, came_back, unlike_the_sum = MixtureModel(vp_schedule()), 0, 0
+    for seed in range(6):
+        found = {}
+        for batch_size in (1, 40):
+            ledger = Ledger(max_nfe=6 * 40)
+            chain = Judges(
+                model, "toy", reward, noisy_of(model.schedule), seed=seed, ledger=ledger, batch_size=batch_size
+            )
+            chosen = []
+            for event in best_of_n(chain, ensemble=True):
+                x = torch.cat(event.state.latents)[:, 0]
+                k = int(mean_rank(chain.judged(x)).argmin())
+                assert event.best.entity == k and event.best.reward == event.state.rewards[k]
+                assert event.best.latents.item() == event.best.image.item() == x[k]
+                chosen.append(k)
+            again = sum(k < batch_size * n and k != chosen[n - 1] for n, k in enumerate(chosen) if n)
+            assert ledger.decodes == 40 + again  # of those that had been passed over
+            came_back += again
+            found[batch_size] = event.best
+        assert found[1].entity == found[40].entity and torch.equal(found[1].start, found[40].start)
+        unlike_the_sum += found[1].entity != int(torch.tensor(event.state.rewards).argmax())
+    assert came_back and unlike_the_sum
+
+
+def test_an_ensemble_reads_the_members_of_a_reward_and_turns_those_with_a_negative_weight():
+    generator = Generator.from_pretrained(resolve_model("shapes-flow"), num_steps=2)
+    for spec, signs in (
+        ("jpeg_compressibility:1+clip_match:0.001", (1, 1)),
+        ("jpeg_compressibility:-1+clip_match:0.001", (-1, 1)),
+    ):
+        reward = make_reward(spec)
+        event = list(run(generator, "a red circle", reward, "best-of-n", budget=16, batch_size=3, ensemble=True))[-1]
+        images = generator.decode(torch.cat(event.state.latents), ["a red circle"] * 8)
+        parts = score(reward, images, ["a red circle"] * 8).parts
+        ranks = mean_rank(torch.stack([sign * part for sign, part in zip(signs, parts.values())]))
+        assert event.best.entity == int(ranks.argmin())
+    with pytest.raises(ValueError, match="ensemble: got reward 'clip_match', expected at least two"):
+        next(run(generator, "a red circle", make_reward("clip_match"), "best-of-n", budget=4, ensemble=True))

@@ -8,7 +8,6 @@ from visalign.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.best_of_n import best_of_n
 from visalign.search.noise_search import (
-    mean_rank,
     neighbour_noise,
     noise_level,
     path_rounds,
@@ -196,15 +195,6 @@ def test_a_level_of_any_path_is_its_share_of_noise():
         "diffusion", torch.tensor([2.0, 1.0]), alphas_cumprod=torch.tensor([0.0, 0.36, 1.0]), prediction_type="sample"
     )
     assert [noise_level(vp, i) for i in range(3)] == pytest.approx([1, 0.8 / 1.4, 0])
-
-
-def test_the_mean_rank_of_verifiers_ignores_their_scales_and_shares_ties():
-    scores = torch.tensor([[0.1, 0.9, 0.5, 0.5], [1000.0, 3000.0, 4000.0, -5.0]])
-    expected = torch.tensor([(4 + 3) / 2, (1 + 2) / 2, (2.5 + 1) / 2, (2.5 + 4) / 2], dtype=torch.float64)
-    torch.testing.assert_close(mean_rank(scores), expected)
-    assert int(mean_rank(scores).argmin()) == 1
-    torch.testing.assert_close(mean_rank(scores.flip(1)), expected.flip(0))
-    torch.testing.assert_close(mean_rank(torch.stack([scores[0].exp(), scores[1] * 7 - 1])), expected)
 
 
 def test_what_cannot_be_searched_is_refused_before_it_costs():

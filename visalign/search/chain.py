@@ -38,6 +38,7 @@ class Chain:
         words: what the generator is told; the prompt unless a method rewords it (`worded`). Noise and reward always
             go by the prompt.
         images: of the latest `value` or `result`, (N, 3, H, W), on the CPU.
+        member_scores: of each reward of a combination there, shaped, (K, N) a batch.
 
     Raises:
         ValueError: a reward that compares images, or a transition of another kind of model.
@@ -73,6 +74,7 @@ class Chain:
         self.stds = tuple(transition.std(self.schedule, i) for i in range(self.schedule.num_steps))
         self.best: Best | None = None
         self.images: Tensor | None = None
+        self.member_scores: list[Tensor] = []
         self._new: list[float] = []
 
     @property
@@ -213,6 +215,12 @@ class Chain:
         new, self._new = tuple(self._new), []
         return Event(self.ledger.nfe, self.best, state, new, note)
 
+    def picture(self, latents: Tensor) -> Tensor:
+        """Images (N, 3, H, W) of final latents, on the CPU, unscored."""
+        self.ledger.decodes += len(latents)
+        with torch.no_grad():
+            return self.model.decode(latents, [self.words] * len(latents), **self.inputs).cpu()
+
     # Inside ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -275,7 +283,7 @@ class Chain:
 
     @torch.no_grad()
     def _score(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        rewards, images = [], []
+        rewards, images, self.member_scores = [], [], []
         for part in latents.split(self.batch_size):
             seen = self.model.decode(part, [self.words] * len(part), **self.inputs)
             images.append(seen.cpu())
@@ -288,7 +296,9 @@ class Chain:
     def _rewards(self, images: Tensor, prompts: list[str]) -> Tensor:
         if torch.is_grad_enabled():
             return as_output(self.reward(images, prompts, self.context), self.reward.name, prompts).scores
-        return score(self.reward, images, prompts, self.context).total
+        result = score(self.reward, images, prompts, self.context)
+        self.member_scores.append(result.shaped)
+        return result.total
 
     def _chunks(self, items: list[int]) -> list[list[int]]:
         return [items[k : k + self.batch_size] for k in range(0, len(items), self.batch_size)]

@@ -8,12 +8,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from visalign.transitions import Schedule
-from visalign.transitions.gaussian import at_least_float32
 from visalign.transitions.interpolant import path_at, renoise
 
 from .chain import Chain
@@ -203,14 +200,6 @@ def noise_level(schedule: Schedule, index: int) -> float:
     """sigma / (alpha + sigma) at a place of the schedule, in [0, 1]: a flow's own level, and its like elsewhere."""
     alpha, sigma = path_at(schedule, index)
     return sigma / (alpha + sigma)
-
-
-def mean_rank(scores: Tensor) -> Tensor:
-    """Candidates by several verifiers, (V, N) to (N,): the unweighted mean of their ranks, 1 for the best; ties share.
-
-    Scales do not matter, so neither verifier drowns the others. The least mean rank is the choice of the ensemble.
-    """
-    return torch.as_tensor(rankdata(-at_least_float32(scores).cpu().numpy(), axis=1)).mean(0)
 
 
 def _results(chain: Chain, noise: Tensor, found: NoiseSearch) -> Tensor:
