@@ -78,7 +78,7 @@ def finished(chain, method=guidance, rows=8, **options):
 
 @pytest.mark.parametrize(
     "steps, by_state, by_next",
-    [(10, 0.3893, 0.5487), (20, 0.6070, 0.7110), (50, 0.8081, 0.8575), (200, 0.9448, 0.9583)],
+    [(10, 0.3893, 0.5487), (20, 0.6070, 0.7110), (50, 0.8081, 0.8575), (200, 0.9448, 0.9583), (1000, 0.9882, 0.9910)],
 )
 def test_the_twisted_mean_of_a_linear_gaussian_chain_is_the_tabulated_one(steps, by_state, by_next):
     # All is linear, so guided minus plain, by the same noise, is the change of the mean.

@@ -108,7 +108,7 @@ def drawn(count, generator):
     return torch.randn(count, 1, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("steps, most", [(28, 0.06), (100, 0.04)])
+@pytest.mark.parametrize("steps, most", [(28, 0.06), (100, 0.04), (500, 0.04)])
 @pytest.mark.parametrize("transition", [FlowDDIM(), FlowSDE(), VPSDE()], ids=lambda t: t.name)
 def test_noisy_kernels_in_uniform_steps_end_at_the_data(transition, steps, most):
     generator, schedule = torch.Generator().manual_seed(steps), flow_schedule([1 - i / steps for i in range(steps + 1)])
