@@ -5,10 +5,11 @@
     python benchmarks/search.py --write benchmarks/search.md # the table and its figure from what is in --out
 
 Budgets are T 2^j calls a caption, j = 0 .. doublings. An anytime method is run once at the largest, and its trace is
-read at the others; a method of fixed size is run at each. `clip_match` is searched for, with the model's noisy sampler
-for all (best of N on the ODE too: its base law is another). All methods start from the same initial noise. Strict gold,
-the held-out truth, is read off the best picture so far. Best of N's curve is estimated from its whole pool. Finished
-searches in --out are read, not run again; several processes may share the work (--part 0/2).
+read at the others; a method of fixed size is run at each. `clip_match` is searched for. Steps draw noise, but what
+searches the initial noise (zero-order, paths, reno) takes those of the ODE, whose base law is another; best of N is run
+on both. All start from the same initial noise. Strict gold, the held-out truth, is read off the best picture so far.
+Best of N's curve is estimated from its whole pool. Finished searches in --out are read, not run again; several
+processes may share the work (--part 0/2).
 """
 
 import argparse
@@ -41,20 +42,28 @@ class Entry:
     doublings: int = 99
 
 
-TREE: dict[str, Any] = {"tilt": 30.0, "widening": 3.0, "exponent": 0.2, "leaves_at_once": 4}
+TREE: dict[str, Any] = {
+    "branch_at": [1, 3, 5, 7],
+    "tilt": 30.0,
+    "widening": 3.0,
+    "exponent": 0.2,
+    "leaves_at_once": 4,
+}
 
 # Settings were chosen at 160 calls on 16 captions of the training split, by hand from three to nine tries a method;
 # the tree's branches at 430 calls on 12, from nine tries.
 ENTRIES: dict[str, Entry] = {
     "best-of-n": Entry("best-of-n", True),
     "best-of-n (ODE)": Entry("best-of-n", True, lambda *_: {"transition": "ode"}),
-    "dts-star": Entry("dts-star", True, lambda *_: {"branch_at": [1, 3, 5, 7], **TREE}),
+    "dts-star": Entry("dts-star", True, lambda *_: TREE),
     "zero-order": Entry("zero-order", True),
+    "paths": Entry("paths", True, doublings=5),
     "fk": Entry("fk", False, lambda *_: {"tilt": 80.0, "start_step": 1, "every": 1}),
     "svdd": Entry("svdd", False, lambda budget, steps: svdd_settings(budget, steps)),
-    "rbf": Entry("rbf", False, lambda budget, steps: {"chains": 2, "initial": max(1, budget // 16)}, 6),
+    "rbf": Entry("rbf", False, lambda budget, steps: {"chains": 2, "initial": max(1, budget // 16)}, 5),
     "das": Entry("das", False, lambda *_: {"tilt": 30.0}, 5),
     "guidance": Entry("guidance", True, lambda *_: {"scale": 30.0}, 5),
+    "dts-star, guided": Entry("dts-star", True, lambda *_: {**TREE, "guidance": 0.3}, 5),
     "reno": Entry("reno", True, lambda *_: {}, 5),
 }
 
