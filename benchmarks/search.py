@@ -210,7 +210,7 @@ def last_of(curve: np.ndarray) -> int:
 
 def table(found: dict[str, np.ndarray], costs: dict[str, float], budgets: list[int], count: int) -> str:
     """In Markdown. The gate sets gold at the entry's largest budget against one plain sample's."""
-    from visalign.search.comparison import hacking_gate, nfe_to_match, paired_interval, relative_area
+    from visalign.search.comparison import hacking_gate, paired_interval, relative_area, speedup
 
     control = np.nanmean(found["best-of-n"], (1, 2))
     columns = range(1, len(budgets), 3)
@@ -224,13 +224,20 @@ def table(found: dict[str, np.ndarray], costs: dict[str, float], budgets: list[i
     for name, (reward, gold) in found.items():
         shown, last = [k for k in range(len(budgets)) if not np.isnan(reward[..., k]).all()], last_of(found[name])
         curve = np.array([np.nanmean(reward[..., k]) if k in shown else np.nan for k in range(len(budgets))])
-        reached = nfe_to_match([budgets[k] for k in shown], curve[shown], control[0, -1])
+        there = ~np.isnan(reward[..., last]).all(1)  # captions; all entries have the same
+        fewer = speedup(
+            [budgets[k] for k in shown], reward[there][..., shown], found["best-of-n"][0][there][..., -1], budgets[-1]
+        )
         area = relative_area(*([xs[k] for k in shown] for xs in (budgets, curve, control[0])), base=control[0, 0])
         done = ~np.isnan(reward[..., last])
         gate = hacking_gate(gold[..., last][done], found["best-of-n"][1][..., 0][done])
         cells = [name, *(str(paired_interval(by_caption(reward[..., k]))) if k in shown else "-" for k in columns)]
         cells += [f"{budgets[last]}", str(paired_interval(by_caption(gold[..., last]))), "yes" if gate.passed else "no"]
-        match = f"{reached:,.0f} ({budgets[-1] / reached:.1f}x fewer)" if reached < 1e9 else f"not by {budgets[last]}"
+        match = f"not by {budgets[last]}"
+        if name == "best-of-n":
+            match = f"{budgets[-1]:,}"
+        elif fewer.mean:
+            match = f"{budgets[-1] / fewer.mean:,.0f}: {fewer.mean:.1f}x fewer ({fewer.low:.1f} to {fewer.high:.1f})"
         lines.append(f"| {' | '.join([*cells, f'{area:.2f}', match, f'{costs[name]:.1f}'])} |")
     return "\n".join(lines) + "\n"
 

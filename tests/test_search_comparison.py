@@ -13,6 +13,7 @@ from visalign.search.comparison import (
     nfe_to_match,
     paired_interval,
     relative_area,
+    speedup,
     step_agreement,
     trace_of,
 )
@@ -34,6 +35,21 @@ def test_a_straight_line_in_log_nfe_is_matched_where_it_says():
     assert nfe_to_match(budgets, [0, 3, 1, 1, 4], 2.0) == pytest.approx(2 ** (2 / 3))  # a fall is not a loss
     assert area(budgets, curve) == pytest.approx(2) and area(budgets, [5] * 5) == pytest.approx(5)
     assert relative_area(budgets, 2 * curve + 1, curve + 1, base=1.0) == pytest.approx(2)
+
+
+def test_a_search_that_is_twice_as_fast_on_every_prompt_is_for_sure():
+    budgets, levels = [10, 20, 40, 80], np.log2([1, 2, 4, 8])
+    heights, slopes = np.random.default_rng(0).uniform(0, 5, (30, 2, 1)), np.full((30, 1, 1), 0.3)
+    control, faster = heights + slopes * levels, heights + slopes * (levels + 1)
+    found = speedup(budgets, faster, control[..., -1], 80)
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2, 2))
+    slower = speedup(budgets, heights + slopes * (levels - 1), control[..., -1], 80)
+    assert (slower.mean, slower.low, slower.high) == (0, 0, 0)
+    # Half the prompts four times as fast, half as fast: which were drawn decides.
+    mixed = heights + slopes * (levels + np.where(np.arange(30) % 2, 2.0, 0.0)[:, None, None])
+    mixed[3, 1] = control[3, 1] = np.nan  # one that was not run
+    found = speedup(budgets, mixed, control[..., -1], 80)
+    assert found.low < 1.9 < 2.1 < found.high and found.mean == pytest.approx(2, abs=0.15)
 
 
 def test_an_interval_is_of_prompts_not_of_pictures():

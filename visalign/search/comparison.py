@@ -75,6 +75,22 @@ def nfe_to_match(budgets: Sequence[int], curve: Sequence[float], target: float) 
     return float(np.exp(np.log(budgets[k - 1]) + share * np.log(budgets[k] / budgets[k - 1])))
 
 
+def speedup(budgets: Sequence[int], values: np.ndarray, control: np.ndarray, spent: float, seed: int = 0) -> Interval:
+    """How many times fewer NFE a search needs for what the control reaches by `spent`; 0 where it never does.
+
+    The interval is a bootstrap over prompts, whose curves, seeds and control stay together.
+
+    Args:
+        values: rewards (prompts, seeds, budgets).
+        control: rewards (prompts, seeds) by `spent`, the same prompts and seeds; in both NaN where one was not run.
+    """
+    curves, targets = np.nanmean(values, 1), np.nanmean(control, 1)
+    drawn = np.random.default_rng(seed).integers(0, len(curves), (RESAMPLES, len(curves)))
+    found = [spent / nfe_to_match(budgets, curves[rows].mean(0), targets[rows].mean()) for rows in drawn]
+    low, high = np.percentile(found, (2.5, 97.5))
+    return Interval(spent / nfe_to_match(budgets, curves.mean(0), float(targets.mean())), float(low), float(high))
+
+
 @dataclass(frozen=True)
 class Gate:
     """Whether a reward that was not searched for stays: its gain over the base, that one's error, and the verdict."""
