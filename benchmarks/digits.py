@@ -248,7 +248,7 @@ def rows_of(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def tables(runs: dict[tuple[str, str, int, int], dict]) -> str:
-    """For each kind of task the Frechet distance by budget, and all measures at the largest that has two seeds."""
+    """For each kind of task the Frechet distance by budget, and all measures at the largest that has three seeds."""
     text = ""
     for kind in KINDS:
         found = by_seed(runs, kind)
@@ -267,7 +267,7 @@ def tables(runs: dict[tuple[str, str, int, int], dict]) -> str:
             lines.append([method, *(shown(cell["frechet_tilted"]) if cell else "" for cell in cells)])
         text += f"\n{kind} ({', '.join(tasks)}): Frechet distance to the tilted law, by denoiser calls\n\n"
         text += rows_of(["method", *(f"{budget:,}" for budget in budgets)], lines)
-        repeated = [b for b in budgets if any(len(c["accuracy"]) > 1 for (_, other), c in found.items() if other == b)]
+        repeated = [b for b in budgets if any(len(c["accuracy"]) > 2 for (_, other), c in found.items() if other == b)]
         most = max(repeated or budgets)
         details = []
         for method in methods:

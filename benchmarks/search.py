@@ -250,7 +250,8 @@ def by_caption(values: np.ndarray) -> np.ndarray:
 def figure(found: dict[str, np.ndarray], budgets: list[int], file: Path) -> None:
     """Reward and strict gold over denoiser calls."""
     fig, axes = plt.subplots(1, 2, figsize=(12, 5))
-    styles = [(c, m) for m in "os^" for c in plt.get_cmap("tab10").colors]
+    colours = ["black", *plt.get_cmap("tab10").colors, "#393b79"]
+    styles = [(c, m) for m in "os^" for c in colours]
     for (name, pair), (colour, marker) in zip(found.items(), styles):
         for axis, values in zip(axes, pair):
             ks = [k for k in range(len(budgets)) if not np.isnan(values[..., k]).all()]
