@@ -141,9 +141,9 @@ METHODS: dict[str, Callable[..., Returned]] = {
     "das": particles(das),
     "dts": tree(dts),
     "dts, least visited": tree(dts, allocation="least_visited"),
-    "dts-star": tree(dts_star),
-    "dts, guided": tree(dts, guidance=1.0),  # its weights hold, and spread over 64 pixels; those of the next are 1:
-    "dts-star, guided": tree(dts_star, guidance=1.0),
+    "dts-star": tree(dts_star, c_uct=1.0),  # draws need the unvisited, too
+    "dts, guided": tree(dts, reward_guidance=1.0),  # weighted; the next is not
+    "dts-star, guided": tree(dts_star, c_uct=1.0, reward_guidance=1.0),
 }
 
 # Runs ----------------------------------------------------------------------------------------------------------------

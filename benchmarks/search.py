@@ -63,7 +63,7 @@ ENTRIES: dict[str, Entry] = {
     "rbf": Entry("rbf", False, lambda budget, steps: {"chains": 2, "initial": max(1, budget // 16)}, 5),
     "das": Entry("das", False, lambda *_: {"tilt": 30.0}, 5),
     "guidance": Entry("guidance", True, lambda *_: {"scale": 30.0}, 5),
-    "dts-star, guided": Entry("dts-star", True, lambda *_: {**TREE, "guidance": 0.3}, 5),
+    "dts-star, guided": Entry("dts-star", True, lambda *_: {**TREE, "reward_guidance": 0.3}, 5),
     "reno": Entry("reno", True, lambda *_: {}, 5),
 }
 

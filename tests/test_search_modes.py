@@ -109,7 +109,7 @@ def test_the_prior_has_its_modes_alike():
         "fk, max": (particles(fk, potential="max", start_step=5, every=1), 0.05),
         "das": (particles(das, guidance_start=0.0), 0.06),
         "dts, least visited": (tree(allocation="least_visited"), 0.05),
-        "dts, least visited, guided": (tree(allocation="least_visited", guidance=1.0), 0.06),
+        "dts, least visited, guided": (tree(allocation="least_visited", reward_guidance=1.0), 0.06),
         "tds": (particles(tds, form="mean", guidance_start=0.0), 0.2),
         "dts": (tree(), 0.2),
     }.values(),

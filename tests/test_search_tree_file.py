@@ -20,7 +20,7 @@ CASES = [
     (dts, {"leaves_at_once": 4, "cache": True, "tilt": math.inf}),
     (dts_star, {"leaves_at_once": 1, "cache": True}),
     (dts_star, {"leaves_at_once": 5, "standardize": 7}),
-    (dts, {"leaves_at_once": 5, "standardize": 7, "guidance": 1.0}),
+    (dts, {"leaves_at_once": 5, "standardize": 7, "reward_guidance": 1.0}),
 ]
 
 

@@ -145,7 +145,7 @@ def test_without_tilt_draws_have_the_base_law():
 def test_guided_draws_have_the_tilted_law_by_their_weights(schedule, tilt):
     law, options = Quadrature(schedule, tilt), dict(allocation="least_visited", leaves_at_once=8, tilt=tilt, **PAPER)
     chain = toy_chain(schedule)
-    tree, _ = grow(chain, iterations=3000, guidance=1.0, **options)
+    tree, _ = grow(chain, iterations=3000, reward_guidance=1.0, **options)
     drawn = torch.cat([tree.states[leaf] for leaf in draw_leaves(tree, 4000, torch.Generator().manual_seed(0))])
     assert law.distance(drawn) < 0.08 and tree.value[0] == pytest.approx(law.value, abs=0.05)
     base = reweighted(tree, tilt=1e-3)  # the same leaves tell the law without a tilt, too
@@ -153,7 +153,7 @@ def test_guided_draws_have_the_tilted_law_by_their_weights(schedule, tilt):
     assert float((drawn > 0).double().mean()) == pytest.approx(0.5, abs=0.08)
     assert 0 < chain.ledger.backwards < chain.ledger.nfe
 
-    plain, _ = grow(toy_chain(schedule), iterations=3000, guidance=1.0, weighted=False, **options)
+    plain, _ = grow(toy_chain(schedule), iterations=3000, reward_guidance=1.0, weighted=False, **options)
     assert plain.value[0] > law.value + 0.06 and not plain.log_weight.any()
     with pytest.raises(ValueError, match="tilt: got 0 for a guided tree"):
         reweighted(tree, tilt=0)
@@ -165,7 +165,7 @@ def test_guidance_saves_a_tree_most_of_its_way_to_a_rare_reward():
         rewards = []
         for seed in range(12):
             chain = toy_chain(reward=_far, seed=seed, max_nfe=120)
-            grow(chain, dts_star, tilt=4.0, guidance=guidance)
+            grow(chain, dts_star, tilt=4.0, reward_guidance=guidance)
             rewards.append(chain.best.reward)
         found[guidance] = np.mean(rewards)
     assert found[1.0] > found[0.0] + 0.5
@@ -180,7 +180,7 @@ _far.differentiable = True
 
 def test_while_the_unit_is_measured_nothing_is_guided():
     chain = toy_chain(seed=5)
-    tree, rewards = grow(chain, iterations=60, standardize=8, guidance=1.0, leaves_at_once=2, **SMALL)
+    tree, rewards = grow(chain, iterations=60, standardize=8, reward_guidance=1.0, leaves_at_once=2, **SMALL)
     base = list(best_of_n(toy_chain(seed=5, max_nfe=6 * 8)))[-1].state.rewards
     assert rewards[:8] == pytest.approx(base, abs=1e-12)
     guided = [leaf for leaf in tree.leaves if tree.log_weight[tree.path(leaf)].any()]
@@ -389,13 +389,13 @@ def test_options_that_cannot_work_are_refused_before_anything_is_spent():
         r"branch_at: got \(2, 5\), whose steps 5 to 6 draw no noise": dict(branch_at=[2, 5]),
         "save_every: got 0": dict(save_every=0),
         "tilt: got -1": dict(tilt=-1),
-        "guidance: got -1": dict(guidance=-1.0),
-        "guidance: got 1.0, expected 0 with tilt 0": dict(guidance=1.0, tilt=0.0),
-        "guidance: got 1.0, expected 0 with tilt inf": dict(guidance=1.0, tilt=math.inf),
-        "cache: got True, expected False with guidance": dict(guidance=1.0, cache=True),
-        "guidance_start: got 1": dict(guidance=1.0, guidance_start=1.0),
-        "clip: got 0": dict(guidance=1.0, clip=0.0),
-        "which has no gradient": dict(guidance=1.0, reward=brightness),
+        "reward_guidance: got -1": dict(reward_guidance=-1.0),
+        "reward_guidance: got 1.0, expected 0 with tilt 0": dict(reward_guidance=1.0, tilt=0.0),
+        "reward_guidance: got 1.0, expected 0 with tilt inf": dict(reward_guidance=1.0, tilt=math.inf),
+        "cache: got True, expected False with reward_guidance": dict(reward_guidance=1.0, cache=True),
+        "guidance_start: got 1": dict(reward_guidance=1.0, guidance_start=1.0),
+        "clip: got 0": dict(reward_guidance=1.0, clip=0.0),
+        "which has no gradient": dict(reward_guidance=1.0, reward=brightness),
     }.items():
         chain = toy_chain(max_nfe=60, **{k: options.pop(k) for k in ("reward",) if k in options})
         with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ def reweighted(tree: Tree, *, tilt: float | None = None, rewards: Sequence[float
         raise ValueError("tilt: got 0 for a guided tree, expected > 0, however small: its children's weights need one")
     other = copy.deepcopy(tree, {id(tree.states): tree.states, id(tree.predictions): tree.predictions})
     if tilt is not None:
-        other.rules, other.unit = dataclasses.replace(tree.rules, tilt=tilt, standardize=0, guidance=0.0), None
+        other.rules, other.unit = dataclasses.replace(tree.rules, tilt=tilt, standardize=0, reward_guidance=0.0), None
     if rewards is not None:
         other.value[tree.leaves] = np.asarray(rewards, float)
     other.back_up()

@@ -63,7 +63,7 @@ def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -
         if gradient is None:
             latents = chain.draw(gaussian, step, rows)
         else:
-            scale = tree.rules.guidance * tree.tilt * chain.stds[step] ** 2
+            scale = tree.rules.reward_guidance * tree.tilt * chain.stds[step] ** 2
             latents, ratios = draw_twisted(chain, gaussian, step, rows, gradient, scale, tree.rules.clip)
             for leaf, ratio in zip(walking, ratios.tolist()):
                 log_weights[leaf][bisect_right(tree.rules.levels, step)] += ratio
@@ -107,4 +107,4 @@ def _guided(chain: Chain, tree: Tree, step: int) -> bool:
     """Whether the step is shifted: not while the unit of reward, and with it the tilt, is being measured."""
     rules = tree.rules
     late = step >= rules.guidance_start * rules.steps
-    return rules.guidance > 0 and late and chain.stds[step] > 0 and not tree.measuring
+    return rules.reward_guidance > 0 and late and chain.stds[step] > 0 and not tree.measuring

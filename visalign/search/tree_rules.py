@@ -59,7 +59,7 @@ class Rules:
         leaves_at_once: rollouts that are selected before the first of them is scored.
         standardize: rollouts from the root by whose spread the tilt is divided; 0: it is not.
         cache: whether the predictions at branching states are kept.
-        guidance: how much of the tilt shifts each step's mean along the reward's gradient; 0: none.
+        reward_guidance: how much of the tilt shifts each step's mean along the reward's gradient; 0: none.
         guidance_start: the share of the steps before which none is shifted.
         clip: bound on a shift, as `twist`.
         weighted: whether shifted children weigh p / q.
@@ -79,7 +79,7 @@ class Rules:
     leaves_at_once: int = 1
     standardize: int = 0
     cache: bool = False
-    guidance: float = 0.0
+    reward_guidance: float = 0.0
     guidance_start: float = 0.2
     clip: float | None = 1.0
     weighted: bool = True
@@ -99,15 +99,19 @@ class Rules:
                 not self.standardize or 0 < self.tilt < math.inf,
                 f"0 with tilt {self.tilt}, which no unit of reward changes",
             ),
-            ("guidance", 0 <= self.guidance < math.inf, ">= 0 and finite"),
+            ("reward_guidance", 0 <= self.reward_guidance < math.inf, ">= 0 and finite"),
             ("guidance_start", 0 <= self.guidance_start < 1, "within [0, 1), a share of the steps"),
             ("clip", self.clip is None or self.clip > 0, "> 0, or None"),
             (
-                "guidance",
-                not self.guidance or 0 < self.tilt < math.inf,
-                f"0 with tilt {self.tilt}: a step is shifted by guidance * tilt * its variance * the gradient",
+                "reward_guidance",
+                not self.reward_guidance or 0 < self.tilt < math.inf,
+                f"0 with tilt {self.tilt}: a step is shifted by reward_guidance * tilt * its variance * the gradient",
             ),
-            ("cache", not (self.guidance and self.cache), "False with guidance, which needs gradients, too"),
+            (
+                "cache",
+                not (self.reward_guidance and self.cache),
+                "False with reward_guidance, which needs gradients, too",
+            ),
             ("branch_at", _rising(self.branch_at, self.steps), f"rising steps in 1 .. {self.steps - 1}"),
         ):
             if not fits:

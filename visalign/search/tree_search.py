@@ -34,7 +34,7 @@ def dts(
     leaves_at_once: int = 1,
     standardize: int = 0,
     cache: bool = False,
-    guidance: float = 0.0,
+    reward_guidance: float = 0.0,
     guidance_start: float = 0.2,
     clip: float | None = 1.0,
     weighted: bool = True,
@@ -58,8 +58,8 @@ def dts(
         leaves_at_once: rollouts made together, faster and blind to each other; 1 is the paper's.
         standardize: this many rollouts first all start at the root; the tilt is divided by their rewards' spread.
         cache: keep the predictions at branching states: further children there cost one prediction less, and memory.
-        guidance: shift the mean of each step by guidance * tilt * its variance * the gradient of the reward of the
-            estimate of x0, at one backward pass a step; 0: none, 1: the step tilted, were the reward linear.
+        reward_guidance: shift the mean of each step by reward_guidance * tilt * its variance * the gradient of the
+            reward of the estimate of x0, at one backward pass a step; 0: none, 1: the step tilted, were it linear.
         guidance_start: the share of the steps before which none is shifted: estimates of x0 are vague there.
         clip: bound on a shift, in units of the step's noise; None: none.
         weighted: guided children weigh p / q, so that draws have the tilted law still. The weights spread as latents
@@ -86,7 +86,7 @@ def dts(
         leaves_at_once=leaves_at_once,
         standardize=standardize,
         cache=cache,
-        guidance=guidance,
+        reward_guidance=reward_guidance,
         guidance_start=guidance_start,
         clip=clip,
         weighted=weighted,
@@ -106,7 +106,7 @@ def dts_star(
     leaves_at_once: int = 1,
     standardize: int = 0,
     cache: bool = False,
-    guidance: float = 0.0,
+    reward_guidance: float = 0.0,
     guidance_start: float = 0.2,
     clip: float | None = 1.0,
     iterations: int | None = None,
@@ -122,7 +122,8 @@ def dts_star(
             others.
         c_uct: exploration, in standard deviations of the leaves' rewards so far. The paper names no number; without
             any, the widening explores, and that found more here.
-        guidance, guidance_start, clip: as `dts`, without weights, as published: values are those of the shifted steps.
+        reward_guidance, guidance_start, clip: as `dts`, without weights, as published: values are those of the shifted
+            steps.
         others: as `dts`.
     """
     rules = Rules(
@@ -135,7 +136,7 @@ def dts_star(
         leaves_at_once=leaves_at_once,
         standardize=standardize,
         cache=cache,
-        guidance=guidance,
+        reward_guidance=reward_guidance,
         guidance_start=guidance_start,
         clip=clip,
         weighted=False,
@@ -148,7 +149,7 @@ def _grow(chain: Chain, rules: Rules, kept: TreeFile, iterations: int | None) ->
     """Select leaves_at_once times, roll out what the budget allows of it, score, back up."""
     if iterations is None and chain.ledger.max_nfe is None:
         raise ValueError("iterations: got None, expected a number, for a chain without a budget")
-    if rules.guidance:
+    if rules.reward_guidance:
         chain.require_gradient()
     device = chain.initial([0]).device
     tree = kept.open(rules, device)
