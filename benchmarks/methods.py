@@ -98,8 +98,8 @@ def train(name: str, reward: str, steps: int, seed: int, prompts: int, folder: P
 @torch.no_grad()
 def pictures(generator, captions: list[str], each: int = 1):
     """`each` pictures a caption (its own in a row), by the sampler of evaluations."""
-    from visalign.rollout import rollout
-    from visalign.seeds import derived_seed
+    from visalign.sampling.rollout import rollout
+    from visalign.sampling.seeds import derived_seed
     from visalign.transitions import sampler_of
 
     sampler = sampler_of(generator.schedule)
@@ -152,7 +152,7 @@ def best_of(generator, reward: str, count: int) -> dict[str, Any]:
 
 def run_one(name: str, reward: str, seed: int, budget: int, prompts: int, out: Path) -> None:
     """In a process of its own: a method with one seed, or a control, into a JSON file."""
-    from visalign.generator import Generator
+    from visalign.pipeline.generator import Generator
     from visalign.worlds import resolve_model
 
     control, _, world = name.partition(" of ")

@@ -7,7 +7,7 @@
 A reward is what `make_reward` takes: a name, file.py:attribute, a sum, a YAML file, or a mapping written in YAML.
 
 Agreement is within prompts, with `gold` (the share of criteria that hold) and with strict gold: pairwise accuracy with
-tie calibration, and Kendall's tau-b (`visalign/agreement.py`). Images/s is the median over batches of whole groups; the
+tie calibration, and Kendall's tau-b (`visalign/statistics/agreement.py`). Images/s is the median over batches of whole groups; the
 first is left out where there are others. Fooled: share of prompts, of those with a strictly right sample, whose attack
 (`rewards/attacks.py`) scores above the mean of the right samples; the patch lies on a plain grey ground. Rewards that
 look at groups see an attack among its prompt's samples. Rewards that need references get drawings of the prompt.
@@ -32,13 +32,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from visalign.agreement import area_under_curve, kendall_within, threshold_accuracy, tie_calibrated_accuracy
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.rewards import Reward, as_reward, make_reward, parse_spec, score
 from visalign.rewards.attacks import adversarial_patches, fooled_share, plain_attacks
 from visalign.rewards.clip_encoder import SHIPPED
-from visalign.rollout import rollout
-from visalign.seeds import derived_seed
+from visalign.sampling.rollout import rollout
+from visalign.sampling.seeds import derived_seed
+from visalign.statistics.agreement import area_under_curve, kendall_within, threshold_accuracy, tie_calibrated_accuracy
 from visalign.transitions import FlowODE
 from visalign.worlds import resolve_model
 from visalign.worlds.shapes import world_prompts

@@ -118,7 +118,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Run what is not in --out yet, of this process's part."""
     import torch
 
-    from visalign.generator import Generator
+    from visalign.pipeline.generator import Generator
     from visalign.rewards import make_reward
     from visalign.worlds import resolve_model
     from visalign.worlds.shapes import world_prompts

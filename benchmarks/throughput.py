@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from visalign.generator import Generator
-from visalign.rollout import recompute, rollout
+from visalign.pipeline.generator import Generator
+from visalign.sampling.rollout import recompute, rollout
 from visalign.training.policy import Policy
 from visalign.transitions import FlowSDE
 from visalign.worlds import resolve_model

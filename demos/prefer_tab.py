@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from visalign.images import images_to_pil
-from visalign.preferences import agreement, bradley_terry
+from visalign.statistics.bradley_terry import agreement, bradley_terry
 
 from .asked import BASE, PLAIN, SEARCHES, Asked, Side
 from .files import new_folder, to_download

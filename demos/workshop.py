@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.generate import sample
-from visalign.generator import Generator
+from visalign.commands.generate import sample
 from visalign.images import pil_to_images
-from visalign.pipeline_calls import call_parameters
+from visalign.pipeline.calls import call_parameters
+from visalign.pipeline.generator import Generator
+from visalign.pipeline.variants import Variants
 from visalign.rewards import Reward, make_reward, parse_spec, score
 from visalign.search import METHODS, Event, events_of, prepare
 from visalign.training.policy import check_lora_fits
-from visalign.variants import Variants
 from visalign.worlds import resolve_model
 
 from .asked import BASE, MOST_BUDGET, PLAIN, Asked, Reading, Side

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
 from visalign.images import check_images
 
 from .auto_rubric import check_judge

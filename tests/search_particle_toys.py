@@ -3,8 +3,8 @@
 import torch
 from search_toys import MixtureModel, Quadrature, ToyChain, half, vp_schedule
 
+from visalign.sampling.seeds import derived_seed
 from visalign.search import Ledger, Role
-from visalign.seeds import derived_seed
 from visalign.transitions import noisy_of
 
 EVERY_STEP = dict(start_step=0, every=1, end_step=5)  # of the toys' six

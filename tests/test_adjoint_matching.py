@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainer_checks import refused
 
-from visalign.cli import TRAINERS
+from visalign.commands.cli import TRAINERS
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
 from visalign.trainers import adjoint_matching
 from visalign.trainers.adjoint_matching import AdjointMatching, Config

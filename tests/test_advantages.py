@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visalign.advantages import clip_advantages, group_advantages, group_statistics
+from visalign.advantages.group import clip_advantages, group_advantages, group_statistics
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 1.0])
 GROUPS = torch.tensor([4, 4, 4, 2, 2, 2])

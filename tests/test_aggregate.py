@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
 from visalign.aggregate import (
     constrained,
     correlation_weighted,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from visalign.agreement import area_under_curve, kendall_within, threshold_accuracy, tie_calibrated_accuracy
+from visalign.statistics.agreement import area_under_curve, kendall_within, threshold_accuracy, tie_calibrated_accuracy
 
 
 def accuracy_at(truth, scores, epsilon):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_rollout import PROMPTS, SEEDS, ToyGenerator
 
-from visalign.branching import Fork, branched_rollout
-from visalign.rollout import rollout
+from visalign.sampling.branching import Fork, branched_rollout
+from visalign.sampling.rollout import rollout
 from visalign.transitions import CPS, DDIM, FlowSDE
 
 

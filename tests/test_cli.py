@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, ImageChops
 
-from visalign import cli
+from visalign.commands import cli
 from visalign.trainers.flow_grpo import Config, main
 from visalign.worlds import MODELS
 from visalign.worlds.shapes import world_prompts
@@ -87,7 +87,7 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, argv, message):
-    monkeypatch.setattr("visalign.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("visalign.pipeline.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no picture")
     assert message in refused(capsys, *argv)

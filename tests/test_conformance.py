@@ -8,7 +8,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 
 @pytest.fixture(params=tiny.FAMILIES)

@@ -10,9 +10,9 @@ import tiny_pipelines as tiny
 import torch
 from accelerate import Accelerator
 
-from visalign.generator import Generator
 from visalign.objectives.rebel import rebel_loss
-from visalign.rollout import step_log_prob
+from visalign.pipeline.generator import Generator
+from visalign.sampling.rollout import step_log_prob
 from visalign.trainers import ddpo, flow_grpo
 from visalign.trainers.ddpo import DDPO, Config, main
 from visalign.training import doctor, options, outcome, preflight, setup
@@ -367,13 +367,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize("changes, message", MISTAKES, ids=str)
 def test_mistakes_are_named_before_anything_is_loaded(given, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("visalign.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("visalign.pipeline.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         main(Config(**{**given, **changes, "run_dir": str(tmp_path / "run")}))
 
 
 def test_flow_grpo_names_this_trainer_when_it_refuses_a_model(options, folders, monkeypatch, tmp_path):
-    monkeypatch.setattr("visalign.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("visalign.pipeline.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     for name, kind in (("sd", "diffusion"), ("lcm", "consistency")):
         cfg = flow_grpo.Config(**{**options, "model": str(folders / name), "run_dir": str(tmp_path / "run")})
         with pytest.raises(ValueError, match=f"a {kind} model, expected a flow model; the trainer for it is ddpo"):

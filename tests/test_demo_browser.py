@@ -58,7 +58,7 @@ def address(place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from visalign.cli import main; main()", "demo", "--port", str(port)]
+    command = [sys.executable, "-c", "from visalign.commands.cli import main; main()", "demo", "--port", str(port)]
     command += ["--runs", str(place / "runs"), "--out", str(place / "out")]
     with open(place / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=place)
@@ -121,8 +121,8 @@ def test_the_first_pair_is_there_soon_and_both_sides_score_as_the_library_does(v
     page.fill("#compare-prompt textarea", "a green star")
     press(page, "compare")
     assert done(page, "compare") == "Done."
-    from visalign.generate import sample
-    from visalign.generator import Generator
+    from visalign.commands.generate import sample
+    from visalign.pipeline.generator import Generator
     from visalign.rewards import make_reward, score
     from visalign.search import run
     from visalign.worlds import resolve_model

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from visalign import cli
+from visalign.commands import cli
 from visalign.evaluation.contestants import TYPES
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.training.policy import Policy
 from visalign.worlds import resolve_model
 

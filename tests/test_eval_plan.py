@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from visalign import cli
+from visalign.commands import cli
 from visalign.evaluation.contestants import TYPES, parse_contestant, path_digest
 from visalign.evaluation.judging import missing_batches
 from visalign.evaluation.plan import make_plan, read_set
@@ -81,7 +81,7 @@ WRONG = [
 
 @pytest.mark.parametrize("argv, message", WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, argv, message):
-    monkeypatch.setattr("visalign.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("visalign.pipeline.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text("a dog\n")
     with pytest.raises(SystemExit) as caught:

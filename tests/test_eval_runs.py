@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from visalign import cli
-from visalign.generator import Generator
+from visalign.commands import cli
 from visalign.images import pil_to_images
+from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward, score
 from visalign.training.policy import Policy
 from visalign.worlds import resolve_model

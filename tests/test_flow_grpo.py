@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
 from visalign.rewards import CombinedReward, Member, RewardOutput, as_reward, make_reward
 from visalign.rewards.combine import Combine
 from visalign.trainers import flow_grpo

@@ -8,7 +8,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
-from visalign.generator import Generator, UnsupportedPipeline, to_supported_scheduler
+from visalign.pipeline.generator import Generator, UnsupportedPipeline, to_supported_scheduler
 from visalign.transitions import ode_of
 
 PROMPTS, SEEDS = ["a red square", "two green triangles", "a red square"], [1, 2, 3]

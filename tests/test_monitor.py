@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from visalign.picture_statistics import (
+from visalign.statistics.pictures import (
     brightness,
     contrast,
     cosine_distance,

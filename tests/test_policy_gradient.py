@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
 from visalign.objectives.policy_gradient import (
     clipped_loss,
     clipped_surrogate,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from visalign.preferences import agreement, bradley_terry
+from visalign.statistics.bradley_terry import agreement, bradley_terry
 
 
 def test_strengths_of_two_without_a_prior_to_speak_of_are_the_log_odds_of_their_wins():

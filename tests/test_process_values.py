@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from visalign.advantages import group_advantages
-from visalign.process_values import (
+from visalign.advantages.group import group_advantages
+from visalign.advantages.process_values import (
     dual_advantages,
     process_values,
     shift_rewards,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from visalign.prompt_statistics import PromptStatistics, normalised
+from visalign.advantages.per_prompt import PromptStatistics, normalised
 
 
 def naive(rewards, base):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visalign import cli
+from visalign.commands import cli
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "1", "--prompts_per_step", "1", "--group_size", "2", "--num_steps", "4"]

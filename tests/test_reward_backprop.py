@@ -15,11 +15,11 @@ import trainer_checks
 from accelerate import Accelerator
 from PIL import Image
 
-from visalign.backprop import checkpointed, truncated_rollout
-from visalign.encoding import Encoder
-from visalign.generator import Generator
+from visalign.pipeline.encoding import Encoder
+from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward
 from visalign.rewards.base import as_reward, reward_factory
+from visalign.sampling.backprop import checkpointed, truncated_rollout
 from visalign.trainers import reward_backprop
 from visalign.trainers.reward_backprop import Config, RewardBackprop, main
 from visalign.training import backprop_options, backprop_parts, course, options, outcome, preflight, setup

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from visalign import cli
+from visalign.commands import cli
 from visalign.rewards import entry_points as points
 from visalign.rewards import make_reward, parse_spec, register_reward, reward_names, score
 from visalign.rewards.base import _REWARDS

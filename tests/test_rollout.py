@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from visalign.rollout import recompute, rollout, step_log_prob
-from visalign.seeds import derived_seed, step_noise
+from visalign.sampling.rollout import recompute, rollout, step_log_prob
+from visalign.sampling.seeds import derived_seed, step_noise
 from visalign.transitions import CPS, DDIM, DanceSDE, FlowODE, FlowSDE, Schedule, ode_of
 
 SHAPE = (2, 4, 4)
@@ -15,7 +15,7 @@ SPREAD = 0.5  # of the data; their mean is the length of the prompt
 
 
 class ToyGenerator:
-    """The interface of `visalign.generator.Generator` over an exact model; records its calls and its model calls."""
+    """The interface of `visalign.pipeline.generator.Generator` over an exact model; records its calls and its model calls."""
 
     def __init__(self, num_steps=10, kind="flow", scale=1.0):
         levels = torch.linspace(1, 0, num_steps + 1)
@@ -124,7 +124,7 @@ def test_noise_seeds_change_nothing_before_the_window_and_everything_after():
 def test_runs_agree_bit_for_bit_where_their_noise_in_the_window_does(monkeypatch):
     """Different seeds, but the same noise put in their place in the window: outside it the seeds must not count."""
     expected = rollout(ToyGenerator(), PROMPTS, SEEDS, FlowSDE(), sde_steps=[3, 4])
-    monkeypatch.setattr("visalign.rollout.step_noise", lambda _seeds, i, like: step_noise(SEEDS, i, like))
+    monkeypatch.setattr("visalign.sampling.rollout.step_noise", lambda _seeds, i, like: step_noise(SEEDS, i, like))
     again = rollout(ToyGenerator(), PROMPTS, SEEDS, FlowSDE(), sde_steps=[3, 4], noise_seeds=[7, 8, 9])
     assert torch.equal(again.final, expected.final) and torch.equal(again.images, expected.images)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from search_toys import MixtureModel, Quadrature, ToyChain, flow_schedule, half, toy_chain, vp_schedule
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.rewards import CombinedReward, Member, as_reward, make_reward, score
 from visalign.search import BudgetExceeded, Ledger, best_of_n_kl, expected_best, run, snis_weights
 from visalign.search.best_of_n import best_of_n, mean_rank

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.rewards import score
 from visalign.search import METHODS, prepare, run
 from visalign.search.methods import _fits

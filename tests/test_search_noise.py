@@ -4,7 +4,7 @@ import pytest
 import torch
 from search_toys import MixtureModel, flow_schedule, toy_chain, vp_schedule
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.best_of_n import best_of_n
 from visalign.search.noise_search import (

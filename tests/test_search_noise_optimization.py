@@ -6,7 +6,7 @@ import pytest
 import torch
 from search_toys import MixtureModel, flow_schedule, half, toy_chain, vp_schedule
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.noise_optimization import (
     deviation_loss,

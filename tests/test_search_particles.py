@@ -8,7 +8,7 @@ import torch
 from search_particle_toys import EVERY_STEP, distance, final, quick_chain
 from search_toys import Quadrature, flow_schedule, half, toy_chain, vp_schedule
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.particles import Particles
 from visalign.search.steering import POTENTIALS, fk, fk_least, fk_nfe, rewarded_steps

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from visalign import cli
-from visalign.generator import Generator
+from visalign.commands import cli
 from visalign.images import images_to_pil
+from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward, score
 from visalign.search import METHODS, events_of, prepare, run
 from visalign.search.session import search_prompts

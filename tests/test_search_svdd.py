@@ -7,7 +7,7 @@ import torch
 from search_particle_toys import final, quick_chain
 from search_toys import flow_schedule, toy_chain
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.svdd import choose_children, svdd, svdd_least, svdd_nfe
 from visalign.transitions import DanceSDE, noisy_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 from search_toys import MixtureModel, Quadrature, ToyChain, flow_schedule, toy_chain, vp_schedule
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger, Role, expected_best, snis_weights
 from visalign.search.best_of_n import best_of_n
 from visalign.search.tree_reading import best_leaf, draw_leaves, greedy_leaf, health, leaf_law, reweighted

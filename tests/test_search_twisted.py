@@ -7,7 +7,7 @@ import torch
 from search_particle_toys import distance, final, quick_chain
 from search_toys import MixtureModel, Quadrature, flow_schedule, toy_chain, vp_schedule
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.resampling import effective_sample_size
 from visalign.search.steering import fk

@@ -20,7 +20,7 @@ from live_server import LiveServer, free_port
 from PIL import Image
 from tiny_clip import save_tiny_clip
 
-from visalign.cli import main
+from visalign.commands.cli import main
 from visalign.images import images_to_numpy
 from visalign.rewards import (
     CombinedReward,
@@ -450,7 +450,7 @@ def test_what_is_no_visalign_server_is_said_to_be_none():
 @contextlib.contextmanager
 def server_process(folder, port: int):
     """`visalign serve` in a process of its own."""
-    command = [sys.executable, "-c", "from visalign.cli import main; main()", "serve", "--port", str(port)]
+    command = [sys.executable, "-c", "from visalign.commands.cli import main; main()", "serve", "--port", str(port)]
     command += ["--reward", f"{folder / 'reward.py'}:brightness"]
     environment = {name: value for name, value in os.environ.items() if name != "VISALIGN_TOKEN"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.trainers import flow_grpo
 from visalign.training.checkpoint import save_checkpoint
 from visalign.worlds import MODELS

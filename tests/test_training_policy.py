@@ -5,7 +5,7 @@ import tiny_pipelines as tiny
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.training.policy import CONDITIONING, Average, Policy, check_lora_fits, load_lora
 
 PROMPTS, SEEDS = ["a red square", "blue circle, two green triangles"], [1, 2]

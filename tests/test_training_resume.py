@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainer_checks import assert_equal_runs, lines, stop_in_step
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.run import read_metrics
@@ -117,7 +117,7 @@ def test_a_failing_reward_ends_the_run_with_its_name_and_leaves_the_checkpoint(
 
 
 def test_a_change_of_what_is_learnt_is_refused_at_resume_before_loading(options, unbroken, world_files, monkeypatch):
-    monkeypatch.setattr("visalign.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("visalign.pipeline.generator.Generator.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     for change in (dict(lora_rank=8), dict(group_size=4), dict(learning_rate=1.0), dict(reward="gold"), dict(eta=0.5)):
         name = next(iter(change))
         with pytest.raises(ValueError, match=f"^{name}: got .* as in the run that is resumed"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visalign.tree_advantages import (
+from visalign.advantages.tree import (
     depth_advantages,
     history_scores,
     keep_by_width,

@@ -10,9 +10,9 @@ import tiny_pipelines
 import torch
 from trainer_checks import refused
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
+from visalign.advantages.process_values import turning_point_rewards
 from visalign.objectives.policy_gradient import clipped_surrogate, tempflow_weights
-from visalign.process_values import turning_point_rewards
 from visalign.trainers import tree_grpo
 from visalign.trainers.tree_grpo import METHODS, Config, TreeGRPO, main
 from visalign.training.config import parse_config

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from visalign.generate import sample
-from visalign.generator import Generator
-from visalign.variants import Variants
+from visalign.commands.generate import sample
+from visalign.pipeline.generator import Generator
+from visalign.pipeline.variants import Variants
 from visalign.worlds import resolve_model
 
 PROMPT, SEED = ["a red circle"], [3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainer_checks import refused
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
 from visalign.rewards import make_reward
 from visalign.trainers import vgpo
 from visalign.trainers.vgpo import VGPO, Config

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from visalign.windows import flash_post_steps, make_window, trained_steps
+from visalign.sampling.windows import flash_post_steps, make_window, trained_steps
 
 MIX = ["mix_random", "progressive", "decay", "exp_decay"]
 

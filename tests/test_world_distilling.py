@@ -5,7 +5,7 @@ import torch
 from diffusers import LCMScheduler
 from torch import nn
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.worlds.shapes.build_consistency import SIGMA_DATA, clean, consistent, train_consistency
 from visalign.worlds.shapes.build_diffusion import DDIM, teacher_noise, train_diffusion
 

@@ -8,9 +8,9 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward, score
-from visalign.rollout import rollout
+from visalign.sampling.rollout import rollout
 from visalign.training.evaluate import evaluate
 from visalign.transitions import FlowODE, ode_of, sampler_of
 from visalign.worlds import JUDGES, resolve_model

@@ -14,9 +14,9 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from visalign.calibration import recorded
-from visalign.generator import Generator, to_supported_scheduler
-from visalign.pipeline_calls import to_images
+from visalign.pipeline.calibration import recorded
+from visalign.pipeline.calls import to_images
+from visalign.pipeline.generator import Generator, to_supported_scheduler
 from visalign.transitions import ode_of
 
 PROMPTS = ["a red square", "blue circle, two green triangles"]

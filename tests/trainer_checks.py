@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.training.checkpoint import load_checkpoint
 from visalign.training.run import read_metrics
 

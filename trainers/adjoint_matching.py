@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
-from visalign.rollout import Trajectory, rollout
-from visalign.seeds import derived_seed, step_noise
+from visalign.sampling.rollout import Trajectory, rollout
+from visalign.sampling.seeds import derived_seed, step_noise
 from visalign.training import options, outcome, preflight
 from visalign.training.backprop_parts import Learnt
 from visalign.training.batches import Samples, cut

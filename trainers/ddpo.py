@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.advantages import clip_advantages, group_advantages
+from visalign.advantages.group import clip_advantages, group_advantages
+from visalign.advantages.per_prompt import PromptStatistics, normalised
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_loss, kl_penalty, ppo_stats
 from visalign.objectives.rebel import rebel_loss, rebel_weights
-from visalign.prompt_statistics import PromptStatistics, normalised
-from visalign.rollout import Trajectory, recompute, rollout, step_log_prob
-from visalign.seeds import derived_seed
+from visalign.sampling.rollout import Trajectory, recompute, rollout, step_log_prob
+from visalign.sampling.seeds import derived_seed
 from visalign.training import options, outcome, preflight
 from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown

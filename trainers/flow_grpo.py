@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.advantages import clip_advantages, group_advantages
+from visalign.advantages.group import clip_advantages, group_advantages
 from visalign.objectives.policy_gradient import (
     CLIPPED_STATS,
     StepWeight,
@@ -25,15 +25,15 @@ from visalign.objectives.policy_gradient import (
     ratio_norm_log_ratio,
     step_weights,
 )
-from visalign.rollout import Solver, Trajectory, recompute, rollout
-from visalign.seeds import derived_seed
+from visalign.sampling.rollout import Solver, Trajectory, recompute, rollout
+from visalign.sampling.seeds import derived_seed
+from visalign.sampling.windows import flash_post_steps, make_window, trained_steps
 from visalign.training import options, outcome, preflight
 from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown
 from visalign.training.data import Group
 from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import make_transition
-from visalign.windows import flash_post_steps, make_window, trained_steps
 
 KINDS = ("flow",)
 

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visalign.backprop import checkpointed, truncated_rollout
-from visalign.encoding import Encoder
-from visalign.generator import Generator
-from visalign.noising import add_noise, one_step_estimate, training_target
 from visalign.objectives import reward_gradient as objectives
 from visalign.objectives import single_step
+from visalign.pipeline.encoding import Encoder
+from visalign.pipeline.generator import Generator
 from visalign.rewards.cycle import ControlnetCycle, per_item
-from visalign.rollout import rollout
-from visalign.seeds import derived_seed, step_noise
+from visalign.sampling.backprop import checkpointed, truncated_rollout
+from visalign.sampling.noising import add_noise, one_step_estimate, training_target
+from visalign.sampling.rollout import rollout
+from visalign.sampling.seeds import derived_seed, step_noise
 from visalign.training import outcome, preflight, setup
 from visalign.training.backprop_options import CYCLE, Config
 from visalign.training.backprop_parts import (

@@ -27,16 +27,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from visalign.advantages import clip_advantages, group_advantages
-from visalign.branching import Fork, Tree, branched_rollout
-from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, step_weights
-from visalign.process_values import turning_point_rewards
-from visalign.training import options, outcome, preflight
-from visalign.training.course import Course, open_course
-from visalign.training.data import Group
-from visalign.training.learning import Updates, add_gradients, add_sums
-from visalign.transitions import make_transition
-from visalign.tree_advantages import (
+from visalign.advantages.group import clip_advantages, group_advantages
+from visalign.advantages.process_values import turning_point_rewards
+from visalign.advantages.tree import (
     depth_advantages,
     history_scores,
     keep_by_width,
@@ -46,7 +39,14 @@ from visalign.tree_advantages import (
     select_branches,
     tree_backup,
 )
-from visalign.windows import make_window
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, step_weights
+from visalign.sampling.branching import Fork, Tree, branched_rollout
+from visalign.sampling.windows import make_window
+from visalign.training import options, outcome, preflight
+from visalign.training.course import Course, open_course
+from visalign.training.data import Group
+from visalign.training.learning import Updates, add_gradients, add_sums
+from visalign.transitions import make_transition
 
 Method = Literal["branch_grpo", "tree_grpo", "tempflow", "tp_grpo", "b2_diffurl"]
 

@@ -9,7 +9,7 @@ are sums along the trajectory (eq. 10), weights compare a trajectory's steps (eq
 each step and add an absolute term (eqs. 12 and 13). The rest is Flow-GRPO (2505.05470).
 
 Reconstructed, for neither code nor the full text could be read: the discount's direction and value, the size of the
-absolute term (hence 0 by default) and the order of weight and normalisation; see `visalign.process_values`. Ours:
+absolute term (hence 0 by default) and the order of weight and normalisation; see `visalign.advantages.process_values`. Ours:
 rewards that go below 0 are shifted by their running minimum, weights are clamped to [0, 5], and advantages are clipped
 after they are weighted.
 """
@@ -21,17 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.advantages import clip_advantages, group_statistics
+from visalign.advantages.group import clip_advantages, group_statistics
+from visalign.advantages.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
-from visalign.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
-from visalign.rollout import Trajectory, recompute, rollout
+from visalign.sampling.rollout import Trajectory, recompute, rollout
+from visalign.sampling.windows import trained_steps
 from visalign.training import options, outcome, preflight
 from visalign.training.batches import Batch, cut
 from visalign.training.course import Course, open_course, shown
 from visalign.training.data import Group
 from visalign.training.learning import Updates, add_gradients
 from visalign.transitions import make_transition
-from visalign.windows import trained_steps
 
 KINDS = ("flow",)
 

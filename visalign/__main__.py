@@ -1,6 +1,6 @@
 """`python -m visalign`, for launchers that start modules: torchrun -m visalign eval ..."""
 
-from visalign.cli import main
+from visalign.commands.cli import main
 
 if __name__ == "__main__":
     main()

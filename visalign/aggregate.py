@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visalign.advantages import group_advantages
+from visalign.advantages.group import group_advantages
 
 
 def weighted_sum(scores: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visalign.names import unknown_name
-from visalign.pipeline_calls import folder_defaults
+from visalign.pipeline.calls import folder_defaults
 from visalign.rewards import parse_spec
 from visalign.search import METHODS
 from visalign.training.policy import check_lora_fits

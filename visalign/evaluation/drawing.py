@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visalign.generator import Generator
 from visalign.images import check_images, images_to_numpy
+from visalign.pipeline.generator import Generator
 from visalign.rewards import RewardError
-from visalign.rollout import rollout
+from visalign.sampling.rollout import rollout
+from visalign.sampling.seeds import derived_seed, text_key
 from visalign.search import METHODS, Role, events_of, prepare
-from visalign.seeds import derived_seed, text_key
 from visalign.transitions import Schedule, Transition, make_transition, ode_of, sampler_of
 from visalign.worlds import resolve_model
 

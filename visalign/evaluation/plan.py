@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visalign.rewards import parse_spec
-from visalign.seeds import derived_seed
+from visalign.sampling.seeds import derived_seed
 from visalign.training.data import read_prompts
 from visalign.training.prompt_context import PromptContext
 from visalign.training.run import check_writable

@@ -95,7 +95,7 @@ def run(
     """Search for the picture of a prompt that a reward likes; yields how it stands, the result is the last `best`.
 
     Args:
-        generator: a `visalign.generator.Generator`, with or without a LoRA loaded.
+        generator: a `visalign.pipeline.generator.Generator`, with or without a LoRA loaded.
         reward: pointwise, higher is better; see `visalign.rewards.make_reward`.
         method: one of METHODS.
         budget: guided predictions (NFE) that may be made, never exceeded.

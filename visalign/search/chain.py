@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.backprop import checkpointed
 from visalign.rewards import Reward, RewardError, as_reward, score
 from visalign.rewards.output import as_output
-from visalign.seeds import derived_seed, step_noise, text_key
+from visalign.sampling.backprop import checkpointed
+from visalign.sampling.seeds import derived_seed, step_noise, text_key
 from visalign.transitions import Gaussian, Transition
 
 from .ledger import Ledger

@@ -21,7 +21,7 @@ class Role(IntEnum):
 
 
 class Model(Protocol):
-    """What a chain needs of a `visalign.generator.Generator`."""
+    """What a chain needs of a `visalign.pipeline.generator.Generator`."""
 
     @property
     def schedule(self) -> Schedule: ...

@@ -36,7 +36,7 @@ def render(chain: Chain, model: Any) -> tuple[Best, Ledger]:
     What wins with few steps need not win with more, so compare the two rewards, and `step_agreement` of some noises.
 
     Args:
-        model: as the chain's, a `visalign.generator.Generator` of the same pipeline, with more steps.
+        model: as the chain's, a `visalign.pipeline.generator.Generator` of the same pipeline, with more steps.
 
     Raises:
         ValueError: the search has finished nothing, or does not choose an initial noise.

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.encoding import Encoder, picture_size
-from visalign.generator import Generator
-from visalign.pipeline_calls import call_parameters
+from visalign.pipeline.calls import call_parameters
+from visalign.pipeline.encoding import Encoder, picture_size
+from visalign.pipeline.generator import Generator
 from visalign.rewards import Reward
 from visalign.rewards.cycle import ControlnetCycle
-from visalign.seeds import derived_seed
+from visalign.sampling.seeds import derived_seed
 from visalign.transitions import Schedule, Transition, make_transition, ode_of
 from visalign.worlds import resolve_model
 

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.advantages import group_statistics
-from visalign.rollout import Trajectory
+from visalign.advantages.group import group_statistics
+from visalign.sampling.rollout import Trajectory
 
 from .data import Group
 from .run import Run

@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 from . import outcome, preflight, setup
 from .batches import Batch, Scoring

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from visalign.seeds import derived_seed
+from visalign.sampling.seeds import derived_seed
 
 from .prompt_context import read_entries
 

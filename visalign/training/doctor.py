@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from visalign.objectives.policy_gradient import kl_penalty
 from visalign.rewards import make_reward, score
-from visalign.rollout import Trajectory, recompute, rollout
+from visalign.sampling.rollout import Trajectory, recompute, rollout
 from visalign.transitions import make_transition
 
 from . import preflight, setup

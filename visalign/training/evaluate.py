@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from visalign.generator import Generator
-from visalign.rollout import rollout
-from visalign.seeds import derived_seed
+from visalign.pipeline.generator import Generator
+from visalign.sampling.rollout import rollout
+from visalign.sampling.seeds import derived_seed
 
 # (places in the evaluation, prompts) -> inputs of the pipeline's call, and the judges' context
 Extras = Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]]

@@ -18,7 +18,7 @@ from visalign.objectives.reward_gradient import (
 from visalign.rewards import CombinedReward, Reward, RewardError, make_reward, parse_spec
 from visalign.rewards.base import reward_factory
 from visalign.rewards.output import as_output
-from visalign.seeds import derived_seed
+from visalign.sampling.seeds import derived_seed
 
 OTHERS = ("ddpo", "flow_grpo", "tree_grpo", "vgpo")  # trainers for rewards without gradient
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 from .optimization import mean_over_processes
 from .policy import Policy

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from visalign import picture_statistics as pictures
-from visalign.advantages import group_statistics
+from visalign.advantages.group import group_statistics
 from visalign.rewards.jpeg import jpeg_kilobytes
 from visalign.rewards.sets import vendi_score
+from visalign.statistics import pictures as pictures
 
 from .hacking import Finding, MonitorOptions, check, check_heldout
 from .trends import Number, Series

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 ADAPTER = "default"
 _WITH_LORA = ("transformer", "unet", "text_encoder")  # components, or what their names begin with

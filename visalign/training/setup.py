@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward
 from visalign.transitions import sampler_of
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 from . import WEIGHTS
 from .build_diffusion import DDIM, make_unet, save_small

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 from . import WEIGHTS
 from .build_flow import encode_captions, finish_folder, make_latents

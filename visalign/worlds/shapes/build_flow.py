@@ -27,7 +27,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from visalign.generator import Generator
+from visalign.pipeline.generator import Generator
 
 from .captions import caption
 from .drawing import draw, patch_labels

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visalign.stepping import LeaveLoop
-from visalign.stubs import Stubs
+from .stepping import LeaveLoop
+from .stubs import Stubs
 
 StepFn = Callable[[int, Tensor, Tensor], Tensor | None]
 

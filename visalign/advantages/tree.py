@@ -1,6 +1,6 @@
 """Rewards of a tree's leaves to advantages of its edges, and which branches are trained.
 
-An edge is named by the node it leads to; nodes of one depth are numbered 0 .. W-1 (see `visalign.branching.Tree`).
+An edge is named by the node it leads to; nodes of one depth are numbered 0 .. W-1 (see `visalign.sampling.branching.Tree`).
 """
 
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.advantages import group_advantages, group_statistics
+from .group import group_advantages, group_statistics
 
 
 def node_means(rewards: Tensor, ancestors: Tensor, count: int) -> Tensor:

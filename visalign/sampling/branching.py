@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.seeds import derived_seed, step_noise
 from visalign.transitions import Schedule, Transition, ode_of
+
+from .seeds import derived_seed, step_noise
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,13 @@ def branched_rollout(
     The noise of a node depends on its noise seed and its path alone, never on the batch or on other trees.
 
     Args:
-        generator: a `visalign.generator.Generator`.
+        generator: a `visalign.pipeline.generator.Generator`.
         prompts, seeds: P of each; seeds give the initial noise.
         transition: of the stochastic steps.
         forks: by step; growing nodes have one child by the ODE at other steps.
         noise_seeds: P, for the noise of the steps; None: `seeds`.
         batch_size: most rows of a forward and of a decoding; None: all.
-        grad_mode: run with gradients enabled and throw them away, see `visalign.rollout.rollout`.
+        grad_mode: run with gradients enabled and throw them away, see `visalign.sampling.rollout.rollout`.
         inputs: arguments of the pipeline for every call, the same for all prompts.
 
     Raises:

@@ -6,7 +6,7 @@ Rewards here are (T, N): row i belongs to the state after step i, so the last ro
 import torch
 from torch import Tensor
 
-from visalign.advantages import group_advantages
+from .group import group_advantages
 
 
 def process_values(instant_rewards: Tensor, discount: float) -> Tensor:

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from visalign.names import unknown_name
-from visalign.stepping import UnsupportedPipeline
+
+from .stepping import UnsupportedPipeline
 
 # Arguments of a pipeline call that the Generator sets itself.
 OURS = frozenset({"prompt", "generator", "latents", "num_inference_steps", "output_type", "return_dict"})

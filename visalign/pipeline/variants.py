@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visalign.generator import Generator
 from visalign.names import unknown_name
+
+from .generator import Generator
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from visalign.driver import PipelineDriver
-from visalign.loop import LoopRun
-from visalign.pipeline_calls import to_images
-from visalign.stepping import UnsupportedPipeline
 from visalign.transitions import ode_of
 
+from .calls import to_images
+from .driver import PipelineDriver
+from .loop import LoopRun
+from .stepping import UnsupportedPipeline
+
 if TYPE_CHECKING:
-    from visalign.generator import Generator
+    from .generator import Generator
 
 
 Call = tuple[list[str], list[int], dict[str, Any]]  # prompts, seeds, inputs

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from visalign.names import build
-from visalign.seeds import derived_seed
+
+from .seeds import derived_seed
 
 
 class Window(Protocol):

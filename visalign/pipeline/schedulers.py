@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from visalign.stepping import UnsupportedPipeline
 from visalign.transitions.schedule import Schedule
+
+from .stepping import UnsupportedPipeline
 
 _DDIM = ("DDIMScheduler", "CogVideoXDDIMScheduler")
 _DDIM_OPTIONS = (

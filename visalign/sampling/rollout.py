@@ -1,6 +1,6 @@
 """Sampling with a record: the states, actions and log-probabilities that a policy gradient needs.
 
-The record is kept in the latents' own type (float32). Rollouts that branch are in `visalign.branching`.
+The record is kept in the latents' own type (float32). Rollouts that branch are in `visalign.sampling.branching`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,15 +10,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from visalign.seeds import step_noise
 from visalign.transitions import Gaussian, Schedule, Transition, ode_of, velocity_to_denoised
 from visalign.transitions.flow import dpm_solver_2m, flow_ode
+
+from .seeds import step_noise
 
 Solver = Literal["ode", "dpm2m"]
 
 
 class Denoiser(Protocol):
-    """What a rollout needs of a `visalign.generator.Generator`."""
+    """What a rollout needs of a `visalign.pipeline.generator.Generator`."""
 
     @property
     def schedule(self) -> Schedule:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visalign.loop import LoopRun, StepFn
-from visalign.pipeline_calls import (
+from visalign.transitions import Schedule
+
+from .calls import (
     call_arguments,
     call_parameters,
     check_batch,
@@ -15,11 +16,11 @@ from visalign.pipeline_calls import (
     own_random_state,
     refuse_unfit,
 )
-from visalign.prompt_memo import PromptMemo
-from visalign.schedulers import schedule_of, to_supported_scheduler
-from visalign.stepping import LeaveLoop, SchedulerStandIn, UnsupportedPipeline
-from visalign.stubs import Stubs
-from visalign.transitions import Schedule
+from .loop import LoopRun, StepFn
+from .prompt_memo import PromptMemo
+from .schedulers import schedule_of, to_supported_scheduler
+from .stepping import LeaveLoop, SchedulerStandIn, UnsupportedPipeline
+from .stubs import Stubs
 
 
 class PipelineDriver:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from visalign.seeds import step_noise
 from visalign.transitions import Schedule, Transition
+
+from .seeds import step_noise
 
 
 class Differentiable(Protocol):
-    """What is needed of a `visalign.generator.Generator`."""
+    """What is needed of a `visalign.pipeline.generator.Generator`."""
 
     @property
     def schedule(self) -> Schedule: ...

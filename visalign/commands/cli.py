@@ -132,7 +132,7 @@ def _doctor(argv: list[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from visalign.generate import generate
+    from .generate import generate
 
     _check_count(arguments)
     arguments.option = dict(_read_option(text) for text in arguments.option)

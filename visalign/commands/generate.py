@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.generator import Generator
 from visalign.images import images_to_pil
+from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward, parse_spec, score
-from visalign.rollout import rollout
+from visalign.sampling.rollout import rollout
 from visalign.search import METHODS
 from visalign.search.session import Finer, search_prompts
 from visalign.training.policy import check_lora_fits

@@ -14,10 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from visalign.calibration import Learned, check, learn
-from visalign.driver import PipelineDriver
-from visalign.loop import StepFn
-from visalign.pipeline_calls import (
+from visalign.transitions import Schedule
+
+from .calibration import Learned, check, learn
+from .calls import (
     absent_components,
     call_parameters,
     check_batch,
@@ -26,9 +26,10 @@ from visalign.pipeline_calls import (
     refuse_unfit,
     to_images,
 )
-from visalign.schedulers import level_at, to_supported_scheduler
-from visalign.stepping import UnsupportedPipeline
-from visalign.transitions import Schedule
+from .driver import PipelineDriver
+from .loop import StepFn
+from .schedulers import level_at, to_supported_scheduler
+from .stepping import UnsupportedPipeline
 
 __all__ = ["Generator", "UnsupportedPipeline", "to_supported_scheduler"]
 

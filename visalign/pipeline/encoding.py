@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.generator import Generator, UnsupportedPipeline
+from .generator import Generator, UnsupportedPipeline
 
 
 class Encoder:
