@@ -59,7 +59,7 @@ class Rows:
     """Counts the rows that go through a trainer's denoiser, except in evaluations."""
 
     def __init__(self) -> None:
-        from visalign.training import setup
+        from visalign.training.loop import setup
 
         self.count, self.parts, self.paused = 0, None, False
         build, evaluate = setup.build, setup.evaluate_with

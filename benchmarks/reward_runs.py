@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from visalign.training.run import read_metrics
+from visalign.training.run.folder import read_metrics
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainers" / "flow_grpo.py"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from visalign.training.run import read_metrics
+from visalign.training.run.folder import read_metrics
 
 from .files import read_picture, run_folder, run_names, sample_files
 from .markup import figure, note, status, table

@@ -8,15 +8,15 @@ import torch
 from trainer_checks import refused
 
 from visalign.commands.cli import TRAINERS
+from visalign.data.prompts import iteration_groups
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
 from visalign.trainers import adjoint_matching
 from visalign.trainers.adjoint_matching import AdjointMatching, Config
-from visalign.training.backprop_parts import Learnt
-from visalign.training.batches import cut
-from visalign.training.course import Course, open_course
-from visalign.training.data import iteration_groups
-from visalign.training.gradients import OTHERS
-from visalign.training.preflight import make_plan
+from visalign.training.before.preflight import make_plan
+from visalign.training.loop.batches import cut
+from visalign.training.loop.course import Course, open_course
+from visalign.training.reward_gradient.gradients import OTHERS
+from visalign.training.reward_gradient.parts import Learnt
 from visalign.transitions import MemorylessFlow, flow_sde, make_transition
 from visalign.transitions.memoryless import memoryless_diffusion, memoryless_flow
 

@@ -10,16 +10,18 @@ import tiny_pipelines as tiny
 import torch
 from accelerate import Accelerator
 
+from visalign.data.prompts import iteration_groups
 from visalign.objectives.rebel import rebel_loss
 from visalign.pipeline.generator import Generator
 from visalign.sampling.rollout import step_log_prob
 from visalign.trainers import ddpo, flow_grpo
 from visalign.trainers.ddpo import DDPO, Config, main
-from visalign.training import doctor, options, outcome, preflight, setup
-from visalign.training.config import parse_config
-from visalign.training.course import Course
-from visalign.training.data import iteration_groups
-from visalign.training.run import Run
+from visalign.training.before import doctor, options, preflight
+from visalign.training.before.config import parse_config
+from visalign.training.loop import setup
+from visalign.training.loop.course import Course
+from visalign.training.run import outcome
+from visalign.training.run.folder import Run
 
 FAMILIES = {"sd": "Stable Diffusion 1.5", "lcm": "LCM"}
 
@@ -382,7 +384,7 @@ def test_flow_grpo_names_this_trainer_when_it_refuses_a_model(options, folders, 
 
 def test_every_option_is_read_by_the_trainer():
     used = set()
-    for module in (ddpo, options, preflight, setup, outcome, doctor, sys.modules["visalign.training.course"]):
+    for module in (ddpo, options, preflight, setup, outcome, doctor, sys.modules["visalign.training.loop.course"]):
         tree = ast.parse(Path(module.__file__).read_text())
         checks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in CHECKS]
         skipped = {id(inner) for check in checks for inner in ast.walk(check)}

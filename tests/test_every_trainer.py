@@ -17,11 +17,11 @@ from trainer_checks import (
 )
 
 from visalign.trainers import adjoint_matching, ddpo, flow_grpo, reward_backprop, tree_grpo, vgpo
-from visalign.training import setup
-from visalign.training.checkpoint import load_checkpoint
-from visalign.training.hacking import Finding
-from visalign.training.monitor import Monitor
-from visalign.training.run import read_metrics
+from visalign.training.loop import setup
+from visalign.training.run.checkpoint import load_checkpoint
+from visalign.training.run.folder import read_metrics
+from visalign.training.watch.hacking import Finding
+from visalign.training.watch.monitor import Monitor
 
 
 class Case(NamedTuple):

@@ -8,16 +8,17 @@ import torch
 from accelerate import Accelerator
 
 from visalign.advantages.group import group_advantages
+from visalign.data.prompts import iteration_groups
 from visalign.rewards import CombinedReward, Member, RewardOutput, as_reward, make_reward
 from visalign.rewards.combine import Combine
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
-from visalign.training import preflight, setup
-from visalign.training.checkpoint import load_checkpoint
-from visalign.training.course import Course
-from visalign.training.data import iteration_groups
-from visalign.training.run import Run, read_metrics
-from visalign.training.scoring import Scorer
+from visalign.training.before import preflight
+from visalign.training.loop import setup
+from visalign.training.loop.course import Course
+from visalign.training.loop.scoring import Scorer
+from visalign.training.run.checkpoint import load_checkpoint
+from visalign.training.run.folder import Run, read_metrics
 
 
 class Bench:

@@ -5,8 +5,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from visalign.training.hacking import MonitorOptions, check_heldout
-from visalign.training.monitor import Monitor
+from visalign.training.watch.hacking import MonitorOptions, check_heldout
+from visalign.training.watch.monitor import Monitor
 
 PROMPTS = 200
 

@@ -15,9 +15,9 @@ from visalign.statistics.pictures import (
     high_frequency,
     saturation,
 )
-from visalign.training.hacking import MonitorOptions
-from visalign.training.monitor import Monitor, diversity_numbers, first_groups
-from visalign.training.trends import Series, shift_p_value, trend
+from visalign.training.watch.hacking import MonitorOptions
+from visalign.training.watch.monitor import Monitor, diversity_numbers, first_groups
+from visalign.training.watch.trends import Series, shift_p_value, trend
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import place, sample_spec
 

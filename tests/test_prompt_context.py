@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from visalign.data.prompt_context import PromptContext
+from visalign.data.prompts import read_prompts
 from visalign.rewards import as_reward
-from visalign.training.data import read_prompts
-from visalign.training.prompt_context import PromptContext
-from visalign.training.scoring import Scorer
+from visalign.training.loop.scoring import Scorer
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ RECIPES = [p for p in sorted((ROOT / "trainers/recipes").glob("*.yaml")) if "tra
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipes_resolve_to_a_configuration(recipe):
-    from visalign.training.config import parse_config
+    from visalign.training.before.config import parse_config
 
     [trainer] = set(re.findall(r"trainers/(\w+)\.py", recipe.read_text())) or {"flow_grpo"}
     config = importlib.import_module(f"visalign.trainers.{trainer}").Config
@@ -90,7 +90,7 @@ GUIDES = sorted((ROOT / "docs/methods").glob("*.md"))
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)
 def test_commands_of_the_guides_to_methods_resolve_to_a_configuration(guide, tmp_path, monkeypatch):
     """Those that start a training; what resuming does is tested with every trainer."""
-    from visalign.training.config import parse_config
+    from visalign.training.before.config import parse_config
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "trainers" / "recipes", tmp_path / "trainers" / "recipes")

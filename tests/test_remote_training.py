@@ -10,8 +10,8 @@ from live_server import LiveServer
 from visalign.rewards import RewardError, as_reward
 from visalign.serving.server import make_app
 from visalign.trainers.flow_grpo import Config, main
-from visalign.training.checkpoint import checkpoints, load_checkpoint
-from visalign.training.run import read_metrics
+from visalign.training.run.checkpoint import checkpoints, load_checkpoint
+from visalign.training.run.folder import read_metrics
 
 
 class Light:

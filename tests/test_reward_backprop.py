@@ -15,6 +15,8 @@ import trainer_checks
 from accelerate import Accelerator
 from PIL import Image
 
+from visalign.data.pictures import DrawnShapes, PictureFolder
+from visalign.data.prompts import iteration_groups
 from visalign.pipeline.encoding import Encoder
 from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward
@@ -22,15 +24,17 @@ from visalign.rewards.base import as_reward, reward_factory
 from visalign.sampling.backprop import checkpointed, truncated_rollout
 from visalign.trainers import reward_backprop
 from visalign.trainers.reward_backprop import Config, RewardBackprop, main
-from visalign.training import backprop_options, backprop_parts, course, options, outcome, preflight, setup
-from visalign.training.backprop_parts import Learnt, batches
-from visalign.training.config import parse_config
-from visalign.training.course import Course
-from visalign.training.data import iteration_groups
-from visalign.training.pictures import DrawnShapes, PictureFolder
+from visalign.training.before import options, preflight
+from visalign.training.before.config import parse_config
+from visalign.training.loop import course, setup
+from visalign.training.loop.course import Course
+from visalign.training.loop.scoring import Scorer
 from visalign.training.policy import scaled_change
-from visalign.training.run import Run, read_metrics
-from visalign.training.scoring import Scorer
+from visalign.training.reward_gradient import options as backprop_options
+from visalign.training.reward_gradient import parts as backprop_parts
+from visalign.training.reward_gradient.parts import Learnt, batches
+from visalign.training.run import outcome
+from visalign.training.run.folder import Run, read_metrics
 from visalign.transitions import ode_of
 
 REWARDS = """

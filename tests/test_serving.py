@@ -35,7 +35,7 @@ from visalign.rewards import (
 from visalign.rewards.remote import RemoteReward
 from visalign.serving.server import Limits, make_app, open_socket
 from visalign.serving.wire import npy_to_tensor, pack, read_output, tensor_to_npy, unpack, write_output
-from visalign.training.scoring import AsyncScorer
+from visalign.training.loop.scoring import AsyncScorer
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 PROMPTS = [f"prompt {n}" for n in range(6)]

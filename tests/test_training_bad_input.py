@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from visalign.pipeline.generator import Generator
 from visalign.trainers import flow_grpo
-from visalign.training.checkpoint import save_checkpoint
+from visalign.training.run.checkpoint import save_checkpoint
 from visalign.worlds import MODELS
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from visalign.training.batches import Batch, Gathered, cut
-from visalign.training.data import iteration_groups
+from visalign.data.prompts import iteration_groups
+from visalign.training.loop.batches import Batch, Gathered, cut
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 100])

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from visalign.training import checkpoint as ckpt
+from visalign.training.run import checkpoint as ckpt
 
 STATE = dict(config={}, skipped=0, train_seconds=1.5, images_sampled=8, best=None, ema_updates=3, before_prompts=["p"])
 

@@ -11,8 +11,10 @@ import pytest
 
 from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config
-from visalign.training import course, doctor, options, outcome, preflight, setup
-from visalign.training.config import parse_config, save_config
+from visalign.training.before import doctor, options, preflight
+from visalign.training.before.config import parse_config, save_config
+from visalign.training.loop import course, setup
+from visalign.training.run import outcome
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visalign.training.data import iteration_groups, overlap, read_prompts, share_of
+from visalign.data.prompts import iteration_groups, overlap, read_prompts, share_of
 
 PROMPTS = [f"prompt {k}" for k in range(7)]
 

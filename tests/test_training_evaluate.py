@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from visalign.training import evaluate as module
-from visalign.training.evaluate import evaluate, mean_interval, paired_interval
+from visalign.training.loop import evaluate as module
+from visalign.training.loop.evaluate import evaluate, mean_interval, paired_interval
 from visalign.transitions import FlowODE
 
 

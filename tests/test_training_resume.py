@@ -14,8 +14,8 @@ from trainer_checks import assert_equal_runs, lines, stop_in_step
 
 from visalign.pipeline.generator import Generator
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
-from visalign.training.checkpoint import load_checkpoint
-from visalign.training.run import read_metrics
+from visalign.training.run.checkpoint import load_checkpoint
+from visalign.training.run.folder import read_metrics
 
 EVERY = dict(steps=4, eval_every=2, eval_during=2, updates_per_step=2, kl_weight=0.1, warmup_steps=2, keep=9)
 

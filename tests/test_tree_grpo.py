@@ -12,14 +12,14 @@ from trainer_checks import refused
 
 from visalign.advantages.group import group_advantages
 from visalign.advantages.process_values import turning_point_rewards
+from visalign.data.prompts import iteration_groups
 from visalign.objectives.policy_gradient import clipped_surrogate, tempflow_weights
 from visalign.trainers import tree_grpo
 from visalign.trainers.tree_grpo import METHODS, Config, TreeGRPO, main
-from visalign.training.config import parse_config
-from visalign.training.course import open_course
-from visalign.training.data import iteration_groups
-from visalign.training.preflight import make_plan
-from visalign.training.run import read_metrics
+from visalign.training.before.config import parse_config
+from visalign.training.before.preflight import make_plan
+from visalign.training.loop.course import open_course
+from visalign.training.run.folder import read_metrics
 
 SMALL = {
     "branch_grpo": dict(split_steps=(0, 2)),

@@ -9,14 +9,14 @@ import torch
 from trainer_checks import refused
 
 from visalign.advantages.group import group_advantages
+from visalign.data.prompts import iteration_groups
 from visalign.rewards import make_reward
 from visalign.trainers import vgpo
 from visalign.trainers.vgpo import VGPO, Config
-from visalign.training.config import parse_config
-from visalign.training.course import Course, open_course
-from visalign.training.data import iteration_groups
-from visalign.training.preflight import make_plan
-from visalign.training.scoring import Scorer
+from visalign.training.before.config import parse_config
+from visalign.training.before.preflight import make_plan
+from visalign.training.loop.course import Course, open_course
+from visalign.training.loop.scoring import Scorer
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from visalign.trainers.flow_grpo import Config, main
-from visalign.training.checkpoint import load_checkpoint
-from visalign.training.hacking import Finding
-from visalign.training.monitor import Monitor
-from visalign.training.run import read_metrics
+from visalign.training.run.checkpoint import load_checkpoint
+from visalign.training.run.folder import read_metrics
+from visalign.training.watch.hacking import Finding
+from visalign.training.watch.monitor import Monitor
 
 
 @pytest.fixture

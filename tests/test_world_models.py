@@ -11,7 +11,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward, score
 from visalign.sampling.rollout import rollout
-from visalign.training.evaluate import evaluate
+from visalign.training.loop.evaluate import evaluate
 from visalign.transitions import FlowODE, ode_of, sampler_of
 from visalign.worlds import JUDGES, resolve_model
 from visalign.worlds.shapes import WEIGHTS, world_prompts

@@ -20,8 +20,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from visalign.pipeline.generator import Generator
-from visalign.training.checkpoint import load_checkpoint
-from visalign.training.run import read_metrics
+from visalign.training.run.checkpoint import load_checkpoint
+from visalign.training.run.folder import read_metrics
 
 
 def lines(folder: Path) -> list[dict]:

@@ -17,16 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from visalign.data.prompts import Group
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
 from visalign.sampling.rollout import Trajectory, rollout
 from visalign.sampling.seeds import derived_seed, step_noise
-from visalign.training import options, outcome, preflight
-from visalign.training.backprop_parts import Learnt
-from visalign.training.batches import Samples, cut
-from visalign.training.course import Course, open_course
-from visalign.training.data import Group
-from visalign.training.gradients import OTHERS, GradedReward, check_built, check_differentiable
-from visalign.training.learning import Updates, add_gradients
+from visalign.training.before import options, preflight
+from visalign.training.loop.batches import Samples, cut
+from visalign.training.loop.course import Course, open_course
+from visalign.training.loop.learning import Updates, add_gradients
+from visalign.training.reward_gradient.gradients import OTHERS, GradedReward, check_built, check_differentiable
+from visalign.training.reward_gradient.parts import Learnt
+from visalign.training.run import outcome
 from visalign.transitions import DDIM, MemorylessFlow, Transition
 
 KINDS = ("flow", "diffusion")
@@ -34,7 +35,7 @@ KINDS = ("flow", "diffusion")
 
 @dataclass(frozen=True)
 class Config(options.CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
+    """Options of the trainer; those of every trainer are in `visalign.training.before.options.CommonConfig`."""
 
     # Sampling
     num_steps: int = 10  # denoising steps of a training image

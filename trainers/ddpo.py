@@ -22,15 +22,16 @@ from torch import Tensor
 
 from visalign.advantages.group import clip_advantages, group_advantages
 from visalign.advantages.per_prompt import PromptStatistics, normalised
+from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_loss, kl_penalty, ppo_stats
 from visalign.objectives.rebel import rebel_loss, rebel_weights
 from visalign.sampling.rollout import Trajectory, recompute, rollout, step_log_prob
 from visalign.sampling.seeds import derived_seed
-from visalign.training import options, outcome, preflight
-from visalign.training.batches import Batch, cut
-from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group
-from visalign.training.learning import Updates, add_gradients, add_sums
+from visalign.training.before import options, preflight
+from visalign.training.loop.batches import Batch, cut
+from visalign.training.loop.course import Course, open_course, shown
+from visalign.training.loop.learning import Updates, add_gradients, add_sums
+from visalign.training.run import outcome
 from visalign.transitions import DDIM, Consistency, Transition
 
 KINDS = ("diffusion", "consistency")
@@ -38,7 +39,7 @@ KINDS = ("diffusion", "consistency")
 
 @dataclass(frozen=True)
 class Config(options.CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
+    """Options of the trainer; those of every trainer are in `visalign.training.before.options.CommonConfig`."""
 
     model: str = "shapes-diffusion"  # a shipped model, a diffusers folder, or a hub id; no flow-matching model
     policy: Literal["denoiser", "text", "both"] = "denoiser"  # what is trained; text: LoRA on the text encoders

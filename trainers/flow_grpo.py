@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visalign.advantages.group import clip_advantages, group_advantages
+from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import (
     CLIPPED_STATS,
     StepWeight,
@@ -28,11 +29,11 @@ from visalign.objectives.policy_gradient import (
 from visalign.sampling.rollout import Solver, Trajectory, recompute, rollout
 from visalign.sampling.seeds import derived_seed
 from visalign.sampling.windows import flash_post_steps, make_window, trained_steps
-from visalign.training import options, outcome, preflight
-from visalign.training.batches import Batch, cut
-from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group
-from visalign.training.learning import Updates, add_gradients
+from visalign.training.before import options, preflight
+from visalign.training.loop.batches import Batch, cut
+from visalign.training.loop.course import Course, open_course, shown
+from visalign.training.loop.learning import Updates, add_gradients
+from visalign.training.run import outcome
 from visalign.transitions import make_transition
 
 KINDS = ("flow",)
@@ -40,7 +41,7 @@ KINDS = ("flow",)
 
 @dataclass(frozen=True)
 class Config(options.CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
+    """Options of the trainer; those of every trainer are in `visalign.training.before.options.CommonConfig`."""
 
     # Sampling
     num_steps: int = 10  # denoising steps of a training image

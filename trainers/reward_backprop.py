@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visalign.data.pictures import DrawnShapes, PictureFolder, open_pictures
+from visalign.data.prompts import Group
 from visalign.objectives import reward_gradient as objectives
 from visalign.objectives import single_step
 from visalign.pipeline.encoding import Encoder
@@ -29,9 +31,12 @@ from visalign.sampling.backprop import checkpointed, truncated_rollout
 from visalign.sampling.noising import add_noise, one_step_estimate, training_target
 from visalign.sampling.rollout import rollout
 from visalign.sampling.seeds import derived_seed, step_noise
-from visalign.training import outcome, preflight, setup
-from visalign.training.backprop_options import CYCLE, Config
-from visalign.training.backprop_parts import (
+from visalign.training.before import preflight
+from visalign.training.loop import setup
+from visalign.training.loop.course import Course, open_course
+from visalign.training.reward_gradient.gradients import OTHERS, check_differentiable
+from visalign.training.reward_gradient.options import CYCLE, Config
+from visalign.training.reward_gradient.parts import (
     Batch,
     Learnt,
     Pictures,
@@ -47,10 +52,7 @@ from visalign.training.backprop_parts import (
     prepare_memory,
     shown_to,
 )
-from visalign.training.course import Course, open_course
-from visalign.training.data import Group
-from visalign.training.gradients import OTHERS, check_differentiable
-from visalign.training.pictures import DrawnShapes, PictureFolder, open_pictures
+from visalign.training.run import outcome
 from visalign.transitions import ddim
 from visalign.worlds import resolve_model
 

@@ -39,13 +39,14 @@ from visalign.advantages.tree import (
     select_branches,
     tree_backup,
 )
+from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, step_weights
 from visalign.sampling.branching import Fork, Tree, branched_rollout
 from visalign.sampling.windows import make_window
-from visalign.training import options, outcome, preflight
-from visalign.training.course import Course, open_course
-from visalign.training.data import Group
-from visalign.training.learning import Updates, add_gradients, add_sums
+from visalign.training.before import options, preflight
+from visalign.training.loop.course import Course, open_course
+from visalign.training.loop.learning import Updates, add_gradients, add_sums
+from visalign.training.run import outcome
 from visalign.transitions import make_transition
 
 Method = Literal["branch_grpo", "tree_grpo", "tempflow", "tp_grpo", "b2_diffurl"]
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config(options.CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
+    """Options of the trainer; those of every trainer are in `visalign.training.before.options.CommonConfig`."""
 
     # Sampling
     method: Method = "branch_grpo"

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from visalign.advantages.group import clip_advantages, group_statistics
 from visalign.advantages.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
+from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
 from visalign.sampling.rollout import Trajectory, recompute, rollout
 from visalign.sampling.windows import trained_steps
-from visalign.training import options, outcome, preflight
-from visalign.training.batches import Batch, cut
-from visalign.training.course import Course, open_course, shown
-from visalign.training.data import Group
-from visalign.training.learning import Updates, add_gradients
+from visalign.training.before import options, preflight
+from visalign.training.loop.batches import Batch, cut
+from visalign.training.loop.course import Course, open_course, shown
+from visalign.training.loop.learning import Updates, add_gradients
+from visalign.training.run import outcome
 from visalign.transitions import make_transition
 
 KINDS = ("flow",)
@@ -38,7 +39,7 @@ KINDS = ("flow",)
 
 @dataclass(frozen=True)
 class Config(options.CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
+    """Options of the trainer; those of every trainer are in `visalign.training.before.options.CommonConfig`."""
 
     # Sampling
     num_steps: int = 10  # denoising steps of a training image, all stochastic; each is decoded and scored

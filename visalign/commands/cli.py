@@ -126,7 +126,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _doctor(argv: list[str]) -> None:
-    from visalign.training.doctor import cli
+    from visalign.training.before.doctor import cli
 
     cli(argv)
 

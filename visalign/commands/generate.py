@@ -15,7 +15,7 @@ from visalign.sampling.rollout import rollout
 from visalign.search import METHODS
 from visalign.search.session import Finer, search_prompts
 from visalign.training.policy import check_lora_fits
-from visalign.training.run import check_writable
+from visalign.training.run.folder import check_writable
 from visalign.transitions import sampler_of
 from visalign.worlds import resolve_model
 

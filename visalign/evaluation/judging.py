@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visalign.data.prompt_context import PromptContext
 from visalign.images import numpy_to_images
 from visalign.rewards import CombinedReward, Reward, RewardError, RewardOutput, make_reward
 from visalign.rewards.base import Context
-from visalign.training.prompt_context import PromptContext
-from visalign.training.scoring import Scorer
+from visalign.training.loop.scoring import Scorer
 
 from .plan import Column, Plan
 from .store import Drawn, Score, Store

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from visalign.training.report import figure_uri
+from visalign.training.run.report import figure_uri
 
 from .record import shown
 from .results import Results, extremes

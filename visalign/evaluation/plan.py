@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visalign.data.prompt_context import PromptContext
+from visalign.data.prompts import read_prompts
 from visalign.rewards import parse_spec
 from visalign.sampling.seeds import derived_seed
-from visalign.training.data import read_prompts
-from visalign.training.prompt_context import PromptContext
-from visalign.training.run import check_writable
+from visalign.training.run.folder import check_writable
 from visalign.worlds.shapes import world_prompts
 from visalign.worlds.shapes.captions import parse
 from visalign.worlds.shapes.scenes import SPLITS

@@ -18,16 +18,18 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from visalign.data.prompts import Group, iteration_groups, share_of
 from visalign.pipeline.generator import Generator
+from visalign.training.before import preflight
+from visalign.training.before.config import save_config
+from visalign.training.policy import scaled_change
+from visalign.training.run import outcome
+from visalign.training.run.folder import WATCH, Run
+from visalign.training.watch.watching import roll_back, watch, watch_evaluation
 
-from . import outcome, preflight, setup
+from . import setup
 from .batches import Batch, Scoring
-from .config import save_config
-from .data import Group, iteration_groups, share_of
 from .evaluate import Evaluation, Extras
-from .policy import scaled_change
-from .run import WATCH, Run
-from .watching import roll_back, watch, watch_evaluation
 
 
 class Course:

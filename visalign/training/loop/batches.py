@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.advantages.group import group_statistics
+from visalign.data.prompts import Group
 from visalign.sampling.rollout import Trajectory
+from visalign.training.run.folder import Run
 
-from .data import Group
-from .run import Run
 from .scoring import Scored, Scorer
 
 

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.pipeline.generator import Generator
+from visalign.training.policy import Policy
 
 from .optimization import mean_over_processes
-from .policy import Policy
 from .setup import Parts
 
 StepLoss = Callable[[int, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]

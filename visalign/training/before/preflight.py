@@ -10,17 +10,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from visalign.data.prompt_context import PromptContext
+from visalign.data.prompts import overlap, read_prompts, share_of
 from visalign.rewards import parse_spec
+from visalign.training.policy import check_lora_fits
+from visalign.training.run import checkpoint as ckpt
+from visalign.training.run.folder import check_writable
 from visalign.worlds import resolve_model
 from visalign.worlds.shapes import world_prompts
 from visalign.worlds.shapes.captions import parse
 
-from . import checkpoint as ckpt
-from .data import overlap, read_prompts, share_of
 from .options import FREE_ON_RESUME, CommonConfig, alpha_of
-from .policy import check_lora_fits
-from .prompt_context import PromptContext
-from .run import check_writable
 
 
 @dataclass

@@ -8,8 +8,7 @@ import torch
 
 from visalign.objectives import reward_gradient as objectives
 from visalign.objectives import single_step
-
-from .options import CommonConfig
+from visalign.training.before.options import CommonConfig
 
 Method = Literal["draft", "draft_lv", "alignprop", "refl", "srpo", "instructvideo", "controlnet", "ctrl_u", "rg_lcm"]
 CHAINED = ("draft", "alignprop", "instructvideo")  # gradients through steps of the sampler
@@ -35,7 +34,7 @@ OWN: dict[str, dict[str, Any]] = {  # options of some methods, with their defaul
 
 @dataclass(frozen=True)
 class Config(CommonConfig):
-    """Options of the trainer; those of every trainer are in `visalign.training.options.CommonConfig`."""
+    """Options of the trainer; those of every trainer are in `visalign.training.before.options.CommonConfig`."""
 
     method: Method = "draft"
     # Sampling

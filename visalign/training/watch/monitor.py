@@ -1,7 +1,7 @@
 """The hacking watch: does a policy still learn what its reward is meant to say, or has it found the reward's weakness?
 
 Nothing here touches the training. `Monitor.update` takes what an iteration made and returns what is newly wrong; the
-trainer decides what to do with it. What is too much is in `visalign.training.hacking`.
+trainer decides what to do with it. What is too much is in `visalign.training.watch.hacking`.
 """
 
 import copy

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import setup
-from .evaluate import Evaluation
+from visalign.training.loop import setup
+from visalign.training.loop.evaluate import Evaluation
+from visalign.training.run.folder import WATCH, Run
+
 from .hacking import Finding
 from .monitor import Monitor, first_groups
-from .run import WATCH, Run
 
 
 def watch(

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .run import read_metrics
+from .folder import read_metrics
 
 CURVES = {
     "reward": ("reward_mean", "eval_reward"),

@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .config import parse_config
-from .evaluate import Evaluation, paired_interval
-from .options import CommonConfig
-from .preflight import Plan
+from visalign.training.before.config import parse_config
+from visalign.training.before.options import CommonConfig
+from visalign.training.before.preflight import Plan
+from visalign.training.loop.evaluate import Evaluation, paired_interval
+from visalign.training.loop.setup import Parts
+
+from .folder import Run, peak_memory
 from .report import write_report, write_summary
-from .run import Run, peak_memory
-from .setup import Parts
 
 C = TypeVar("C")
 

@@ -9,22 +9,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from visalign.data.pictures import Drawn, DrawnShapes, PictureFolder
+from visalign.data.prompts import Group
 from visalign.pipeline.calls import call_parameters
 from visalign.pipeline.encoding import Encoder, picture_size
 from visalign.pipeline.generator import Generator
 from visalign.rewards import Reward
 from visalign.rewards.cycle import ControlnetCycle
 from visalign.sampling.seeds import derived_seed
+from visalign.training.loop.batches import Samples, cut
+from visalign.training.loop.evaluate import Extras
+from visalign.training.policy import Policy
 from visalign.transitions import Schedule, Transition, make_transition, ode_of
 from visalign.worlds import resolve_model
 
-from .backprop_options import CYCLE, Config
-from .batches import Samples, cut
-from .data import Group
-from .evaluate import Extras
 from .gradients import GradedReward, check_built
-from .pictures import Drawn, DrawnShapes, PictureFolder
-from .policy import Policy
+from .options import CYCLE, Config
 
 Pictures = PictureFolder | DrawnShapes
 

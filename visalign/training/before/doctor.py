@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from visalign.objectives.policy_gradient import kl_penalty
 from visalign.rewards import make_reward, score
 from visalign.sampling.rollout import Trajectory, recompute, rollout
+from visalign.training.loop import setup
+from visalign.training.run.folder import peak_memory
 from visalign.transitions import make_transition
 
-from . import preflight, setup
-from .run import peak_memory
+from . import preflight
 
 
 @dataclass(frozen=True)

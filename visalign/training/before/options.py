@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from .attention import NAMES
+from visalign.training.attention import NAMES
 
 FREE_ON_RESUME = (
     *("steps", "resume", "run_dir", "save_every", "keep", "eval_every", "eval_during"),

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward
+from visalign.training.attention import set_attention
+from visalign.training.before.options import DTYPES, CommonConfig, alpha_of
+from visalign.training.before.preflight import Plan
+from visalign.training.policy import Average, Policy, check_same_names, load_lora
+from visalign.training.run import checkpoint as ckpt
+from visalign.training.run.folder import WATCH, Run
+from visalign.training.watch.hacking import MonitorOptions
+from visalign.training.watch.monitor import Monitor
 from visalign.transitions import sampler_of
 
-from . import checkpoint as ckpt
-from .attention import set_attention
 from .evaluate import Evaluation, Extras, evaluate
-from .hacking import MonitorOptions
-from .monitor import Monitor
 from .optimization import apply_gradients, learning_rate
-from .options import DTYPES, CommonConfig, alpha_of
-from .policy import Average, Policy, check_same_names, load_lora
-from .preflight import Plan
-from .run import WATCH, Run
 from .scoring import Scorer
 
 
