@@ -40,10 +40,10 @@ from torch import Tensor
 from visalign.search import Chain, Ledger, snis_weights
 from visalign.search.best_of_n import best_of_n
 from visalign.search.guidance import guidance
-from visalign.search.steering import fk
-from visalign.search.tree_reading import draw_leaves, leaf_law
-from visalign.search.tree_search import dts, dts_star
-from visalign.search.twisted import das, tds
+from visalign.search.particles.steering import fk
+from visalign.search.particles.twisted import das, tds
+from visalign.search.tree.dts import dts, dts_star
+from visalign.search.tree.reading import draw_leaves, leaf_law
 from visalign.transitions import noisy_of
 from visalign.worlds.digits import DigitsModel, load_network, load_pictures
 from visalign.worlds.digits.metrics import Moments, effective_size, look, measure, weighted_moments

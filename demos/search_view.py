@@ -6,9 +6,9 @@ from PIL import Image
 
 from visalign.images import images_to_pil
 from visalign.search import Chain, Event
-from visalign.search.particles import Particles
-from visalign.search.tree import Tree
-from visalign.search.tree_picture import leaf_images, places_of, shown_leaves
+from visalign.search.particles.particles import Particles
+from visalign.search.tree.picture import leaf_images, places_of, shown_leaves
+from visalign.search.tree.tree import Tree
 
 from .markup import data_uri, note, text
 

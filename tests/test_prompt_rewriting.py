@@ -15,8 +15,14 @@ from tiny_vlm import TEMPLATE, make_tokenizer
 
 from visalign.rewards.chat import Message, Reply
 from visalign.search.best_of_n import best_of_n
-from visalign.search.key_points import KEY_POINT_GROUPS, KEY_POINTS, STRUCTURAL, key_point_holds, key_point_score
-from visalign.search.prompt_rewriting import (
+from visalign.search.prompts.key_points import (
+    KEY_POINT_GROUPS,
+    KEY_POINTS,
+    STRUCTURAL,
+    key_point_holds,
+    key_point_score,
+)
+from visalign.search.prompts.rewriting import (
     SYSTEM,
     Rewriter,
     choose_words,
@@ -25,7 +31,7 @@ from visalign.search.prompt_rewriting import (
     read_rewrite,
     reword,
 )
-from visalign.search.text_chat import TextChat
+from visalign.search.prompts.text_chat import TextChat
 
 STEPS = 6
 

@@ -13,7 +13,7 @@ from test_written_scores import Scripted, _rational
 from visalign.rewards.chat import Reply
 from visalign.rewards.parsing import Unreadable
 from visalign.rewards.rational_rewards import ASPECTS, HEADINGS
-from visalign.search.critics import (
+from visalign.search.prompts.critics import (
     OUR_TEMPLATES,
     Critique,
     VLMCritic,
@@ -22,8 +22,8 @@ from visalign.search.critics import (
     make_critic,
     read_critique,
 )
-from visalign.search.shapes_critic import ShapesCritic, shapes_wordings
 from visalign.worlds.shapes.captions import caption, parse
+from visalign.worlds.shapes.critic import ShapesCritic, shapes_wordings
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import Placed, Scene, Spec, place, sample_spec
 
@@ -221,7 +221,7 @@ def test_what_it_cannot_read_is_its_problem():
 
 def test_critics_are_made_by_name_or_path_or_taken_as_they_are():
     assert isinstance(make_critic("shapes"), ShapesCritic)
-    assert isinstance(make_critic("visalign.search.shapes_critic:ShapesCritic"), ShapesCritic)
+    assert isinstance(make_critic("visalign.worlds.shapes.critic:ShapesCritic"), ShapesCritic)
     critic = ShapesCritic()
     assert make_critic(critic) is critic
 

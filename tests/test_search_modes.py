@@ -14,10 +14,10 @@ from torch import Tensor
 
 from visalign.search import Ledger, snis_weights
 from visalign.search.best_of_n import best_of_n
-from visalign.search.steering import fk
-from visalign.search.tree_reading import leaf_law
-from visalign.search.tree_search import dts
-from visalign.search.twisted import das, tds
+from visalign.search.particles.steering import fk
+from visalign.search.particles.twisted import das, tds
+from visalign.search.tree.dts import dts
+from visalign.search.tree.reading import leaf_law
 from visalign.transitions import Schedule, noisy_of
 
 ANGLES = 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8

@@ -7,7 +7,7 @@ from search_toys import MixtureModel, flow_schedule, toy_chain, vp_schedule
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.best_of_n import best_of_n
-from visalign.search.noise_search import (
+from visalign.search.noise.noise_search import (
     neighbour_noise,
     noise_level,
     path_rounds,

@@ -8,7 +8,7 @@ from search_toys import MixtureModel, flow_schedule, half, toy_chain, vp_schedul
 
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
-from visalign.search.noise_optimization import (
+from visalign.search.noise.noise_optimization import (
     deviation_loss,
     dno,
     probability_loss,

@@ -10,8 +10,8 @@ from search_toys import Quadrature, flow_schedule, half, toy_chain, vp_schedule
 
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
-from visalign.search.particles import Particles
-from visalign.search.steering import POTENTIALS, fk, fk_least, fk_nfe, rewarded_steps
+from visalign.search.particles.particles import Particles
+from visalign.search.particles.steering import POTENTIALS, fk, fk_least, fk_nfe, rewarded_steps
 from visalign.transitions import noisy_of
 from visalign.worlds import resolve_model
 

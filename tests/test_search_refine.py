@@ -11,8 +11,8 @@ from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward
 from visalign.search import Chain, Ledger
 from visalign.search.best_of_n import best_of_n
-from visalign.search.critics import Critique
-from visalign.search.refine import accepts, kept_words, lost_tokens, noise_margin, refine
+from visalign.search.prompts.critics import Critique
+from visalign.search.prompts.refine import accepts, kept_words, lost_tokens, noise_margin, refine
 from visalign.transitions import ode_of
 from visalign.worlds import resolve_model
 

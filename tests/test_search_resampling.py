@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from visalign.search.resampling import (
+from visalign.search.particles.resampling import (
     SCHEMES,
     _invert,
     effective_sample_size,

@@ -10,7 +10,7 @@ from search_toys import MixtureModel, flow_schedule, toy_chain, vp_schedule
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
 from visalign.search.best_of_n import best_of_n
-from visalign.search.rollover import Place, Rollover, Walk, _move, rbf, step_quota
+from visalign.search.noise.rollover import Place, Rollover, Walk, _move, rbf, step_quota
 from visalign.transitions import FlowDDIM, FlowODE, FlowSDE, noisy_of, ode_of
 from visalign.transitions.interpolant import (
     VPSDE,

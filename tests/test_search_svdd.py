@@ -9,7 +9,7 @@ from search_toys import flow_schedule, toy_chain
 
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
-from visalign.search.svdd import choose_children, svdd, svdd_least, svdd_nfe
+from visalign.search.particles.svdd import choose_children, svdd, svdd_least, svdd_nfe
 from visalign.transitions import DanceSDE, noisy_of
 from visalign.worlds import resolve_model
 

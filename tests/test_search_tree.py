@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from visalign.search import snis_weights
-from visalign.search.tree import Tree
-from visalign.search.tree_picture import draw_tree, shown_leaves
-from visalign.search.tree_reading import best_leaf, draw_leaves, greedy_leaf, health, leaf_law, reweighted
-from visalign.search.tree_rules import Rules, boltzmann, soft_backup, uct, widening_bound
+from visalign.search.tree.picture import draw_tree, shown_leaves
+from visalign.search.tree.reading import best_leaf, draw_leaves, greedy_leaf, health, leaf_law, reweighted
+from visalign.search.tree.rules import Rules, boltzmann, soft_backup, uct, widening_bound
+from visalign.search.tree.tree import Tree
 
 NESTED = [[0.3, 1.2, -0.5], [2.0], [0.9, 0.1]]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from search_toys import flow_schedule, toy_chain
 
-from visalign.search.tree_file import load_tree
-from visalign.search.tree_picture import leaf_images
-from visalign.search.tree_search import dts, dts_star
+from visalign.search.tree.dts import dts, dts_star
+from visalign.search.tree.file import load_tree
+from visalign.search.tree.picture import leaf_images
 
 SMALL = dict(widening=1, exponent=0.5)
 CASES = [

@@ -11,8 +11,8 @@ from search_toys import MixtureModel, Quadrature, ToyChain, flow_schedule, toy_c
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger, Role, expected_best, snis_weights
 from visalign.search.best_of_n import best_of_n
-from visalign.search.tree_reading import best_leaf, draw_leaves, greedy_leaf, health, leaf_law, reweighted
-from visalign.search.tree_search import dts, dts_star
+from visalign.search.tree.dts import dts, dts_star
+from visalign.search.tree.reading import best_leaf, draw_leaves, greedy_leaf, health, leaf_law, reweighted
 from visalign.transitions import Consistency, Gaussian, Schedule, noisy_of, ode_of
 from visalign.worlds import resolve_model
 

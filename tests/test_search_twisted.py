@@ -9,10 +9,10 @@ from search_toys import MixtureModel, Quadrature, flow_schedule, toy_chain, vp_s
 
 from visalign.pipeline.generator import Generator
 from visalign.search import Chain, Ledger
-from visalign.search.resampling import effective_sample_size
-from visalign.search.steering import fk
+from visalign.search.particles.resampling import effective_sample_size
+from visalign.search.particles.steering import fk
+from visalign.search.particles.twisted import das, tds, temper, temper_by_ess, twisted_least, usual_rate
 from visalign.search.twist import log_ratio, twist, twist_scale
-from visalign.search.twisted import das, tds, temper, temper_by_ess, twisted_least, usual_rate
 from visalign.transitions import Gaussian, Schedule, noisy_of
 from visalign.worlds import resolve_model
 

@@ -10,16 +10,16 @@ from visalign.names import unknown_name
 
 from .best_of_n import best_of_n
 from .guidance import guidance, guidance_least
-from .noise_optimization import dno, reno
-from .noise_search import paths, random_search, zero_order
-from .prompt_rewriting import enhance
+from .noise.noise_optimization import dno, reno
+from .noise.noise_search import paths, random_search, zero_order
+from .noise.rollover import rbf
+from .particles.steering import fk, fk_least
+from .particles.svdd import svdd, svdd_least
+from .particles.twisted import das, tds, twisted_least
+from .prompts.refine import refine
+from .prompts.rewriting import enhance
 from .records import Event
-from .refine import refine
-from .rollover import rbf
-from .steering import fk, fk_least
-from .svdd import svdd, svdd_least
-from .tree_search import dts, dts_star
-from .twisted import das, tds, twisted_least
+from .tree.dts import dts, dts_star
 
 Least = Callable[[int, dict[str, Any]], int]
 

@@ -20,8 +20,8 @@ from visalign.images import images_to_pil
 
 from . import Chain, Event, events_of, prepare
 from .render import check_render, render
-from .tree import Tree
-from .tree_picture import draw_tree, leaf_images, shown_leaves
+from .tree.picture import draw_tree, leaf_images, shown_leaves
+from .tree.tree import Tree
 
 
 @dataclass(frozen=True)

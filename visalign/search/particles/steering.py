@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from visalign.names import unknown_name
+from visalign.search.chain import Chain
+from visalign.search.records import Event
 
-from .chain import Chain
 from .particles import Particles, affordable, check_options, choose, maybe_resample, start
-from .records import Event
 from .resampling import effective_sample_size, soft_mean
 
 REFERENCE_LARGEST = math.log(1e10)  # to which the published code clamps a weight

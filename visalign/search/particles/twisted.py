@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from visalign.names import unknown_name
+from visalign.search.chain import Chain
+from visalign.search.records import Event
+from visalign.search.twist import draw_twisted, twist_scale
 
-from .chain import Chain
 from .particles import Particles, affordable, check_options, choose, maybe_resample, start
-from .records import Event
 from .resampling import effective_sample_size
-from .twist import draw_twisted, twist_scale
 
 FORMS = ("mean", "denoised")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .chain import Chain
-from .records import Event, Role
+from visalign.search.chain import Chain
+from visalign.search.records import Event, Role
 
 
 @dataclass

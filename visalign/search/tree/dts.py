@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .chain import Chain
-from .records import Event, Role
+from visalign.search.chain import Chain
+from visalign.search.records import Event, Role
+
+from .file import TreeFile
+from .rollout import affordable, cheapest, roll_out
+from .rules import Rules, uct, widening_bound
 from .tree import Tree
-from .tree_file import TreeFile
-from .tree_rollout import affordable, cheapest, roll_out
-from .tree_rules import Rules, uct, widening_bound
 
 FEW_STEPS = 8  # up to here every step branches
 IDLE = 10_000  # selections in a row, all of scored leaves, after which a search ends: its bound lets no child in

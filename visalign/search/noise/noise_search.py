@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from visalign.search.chain import Chain
+from visalign.search.records import Event, Role
 from visalign.transitions import Schedule
 from visalign.transitions.interpolant import path_at, renoise
-
-from .chain import Chain
-from .records import Event, Role
 
 
 @dataclass

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from visalign.search.chain import Chain
+from visalign.search.records import Event, Role
 from visalign.transitions import ode_of
-
-from .chain import Chain
-from .records import Event, Role
 
 
 @dataclass

@@ -212,7 +212,7 @@ def count_tokens(chat: Chat, text: str) -> int:
     return math.ceil(len(text) / 4) if tokenizer is None else len(tokenizer(text).input_ids)
 
 
-CRITICS = {"shapes": "visalign.search.shapes_critic:ShapesCritic", "vlm": "visalign.search.critics:VLMCritic"}
+CRITICS = {"shapes": "visalign.worlds.shapes.critic:ShapesCritic", "vlm": "visalign.search.prompts.critics:VLMCritic"}
 
 
 def make_critic(critic: str | Critic, **options: Any) -> Critic:

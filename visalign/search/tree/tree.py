@@ -11,7 +11,7 @@ from array import array
 import numpy as np
 from torch import Tensor
 
-from .tree_rules import Rules, boltzmann, soft_backup
+from .rules import Rules, boltzmann, soft_backup
 
 
 class Tree:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain import Chain
-from .records import Event, Role
+from visalign.search.chain import Chain
+from visalign.search.records import Event, Role
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
-from .chain import Chain
+from visalign.search.chain import Chain
+
 from .tree import Tree
 
 ROW = 0.85  # inches a leaf

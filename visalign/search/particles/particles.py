@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from visalign.names import unknown_name
+from visalign.search.chain import Chain
+from visalign.search.records import Role
 from visalign.transitions import Gaussian
 
-from .chain import Chain
-from .records import Role
 from .resampling import check_scheme, effective_sample_size, log_mean_exp, normalized_weights, resample, too_uneven
 
 OUTPUTS = ("best", "weighted", "resampled", "heaviest")

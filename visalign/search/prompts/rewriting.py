@@ -16,11 +16,11 @@ from typing import Any
 
 from visalign.rewards.chat import Chat, Message
 from visalign.rewards.judging import check_count, check_temperature, load_template, open_chat
+from visalign.search.chain import Chain
+from visalign.search.records import Event
 
-from .chain import Chain
 from .critics import count_tokens
 from .key_points import KEY_POINTS
-from .records import Event
 from .refine import accepts
 from .text_chat import TextChat
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .chain import Best, Chain
-from .ledger import Ledger
+from visalign.search.chain import Best, Chain
+from visalign.search.ledger import Ledger
+
+from .rules import Rules
 from .tree import Tree
-from .tree_rules import Rules
 
 FORMAT = 1
 

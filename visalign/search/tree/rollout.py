@@ -5,9 +5,10 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from .chain import Chain
+from visalign.search.chain import Chain
+from visalign.search.twist import draw_twisted
+
 from .tree import Tree
-from .twist import draw_twisted
 
 
 def _origin(tree: Tree, leaf: int) -> int:

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from visalign.names import unknown_name
+from visalign.search.chain import Chain
+from visalign.search.records import Event
 
-from .chain import Chain
 from .critics import Critic, Critique, make_critic
-from .records import Event
 
 ACCEPT = ("reward", "critic", "always")
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from visalign.rewards.base import Context
-from visalign.worlds.shapes.captions import PREFIXES, caption, parse
-from visalign.worlds.shapes.judge import Verdict, judge
-from visalign.worlds.shapes.scenes import SIZE, Spec
+from visalign.search.prompts.critics import Critique
 
-from .critics import Critique
+from .captions import PREFIXES, caption, parse
+from .judge import Verdict, judge
+from .scenes import SIZE, Spec
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
