@@ -117,8 +117,8 @@ def look(generator, reward: str, count: int, methods: list[str]) -> dict[str, An
     import yaml
 
     from visalign.rewards import make_reward, score
-    from visalign.rewards.clip_encoder import SHIPPED, ClipEncoder
-    from visalign.rewards.sets import vendi_score
+    from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder
+    from visalign.rewards.groups.sets import vendi_score
     from visalign.worlds.shapes import world_prompts
 
     captions = world_prompts("test", count)

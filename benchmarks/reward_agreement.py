@@ -9,7 +9,7 @@ A reward is what `make_reward` takes: a name, file.py:attribute, a sum, a YAML f
 Agreement is within prompts, with `gold` (the share of criteria that hold) and with strict gold: pairwise accuracy with
 tie calibration, and Kendall's tau-b (`visalign/statistics/agreement.py`). Images/s is the median over batches of whole groups; the
 first is left out where there are others. Fooled: share of prompts, of those with a strictly right sample, whose attack
-(`rewards/attacks.py`) scores above the mean of the right samples; the patch lies on a plain grey ground. Rewards that
+(`rewards/audit/attacks.py`) scores above the mean of the right samples; the patch lies on a plain grey ground. Rewards that
 look at groups see an attack among its prompt's samples. Rewards that need references get drawings of the prompt.
 
 Panels (`visalign/worlds/shapes/panels.py`): accuracy of telling same from different at the threshold that is best on
@@ -34,8 +34,8 @@ from torch import Tensor
 
 from visalign.pipeline.generator import Generator
 from visalign.rewards import Reward, as_reward, make_reward, parse_spec, score
-from visalign.rewards.attacks import adversarial_patches, fooled_share, plain_attacks
-from visalign.rewards.clip_encoder import SHIPPED
+from visalign.rewards.audit.attacks import adversarial_patches, fooled_share, plain_attacks
+from visalign.rewards.embedding.encoder import SHIPPED
 from visalign.sampling.rollout import rollout
 from visalign.sampling.seeds import derived_seed
 from visalign.statistics.agreement import area_under_curve, kendall_within, threshold_accuracy, tie_calibrated_accuracy

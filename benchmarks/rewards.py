@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from visalign.images import images_to_pil
-from visalign.rewards.chat import Message
-from visalign.rewards.vlm import VLM
-from visalign.rewards.yes_token import YesNo
+from visalign.rewards.vlm.chat import Message
+from visalign.rewards.vlm.model import VLM
+from visalign.rewards.vlm.yes_token import YesNo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny_vlm

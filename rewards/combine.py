@@ -1,4 +1,4 @@
-"""How several rewards become one: the combiners of `visalign.aggregate` by name, with their options checked."""
+"""How several rewards become one: the combiners of `visalign.rewards.aggregate` by name, with their options checked."""
 
 import inspect
 import math
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign import aggregate
 from visalign.names import unknown_name
+
+from . import aggregate
 
 
 def _gated(scores: Tensor, weights: Tensor, thresholds: Tensor) -> Tensor:

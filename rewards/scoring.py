@@ -12,8 +12,8 @@ from visalign.images import check_images, check_pixels, check_references, check_
 
 from .base import KINDS, Context, Reward, RewardError, as_reward, check_prompts
 from .combine import Combine, check_members
+from .groups.pairwise import take_context
 from .output import RewardOutput, as_output, fill_invalid
-from .pairwise import take_context
 from .shaping import Transform
 
 ADVICE = "fix the reward or leave this sample's prompt out; nothing was updated with these scores"

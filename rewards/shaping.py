@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign import aggregate
 from visalign.names import unknown_name
 
+from . import aggregate
 from .base import RewardError
 
 
@@ -40,7 +40,7 @@ def clip(scores: Tensor, low: float, high: float) -> Tensor:
 
 
 def par(scores: Tensor, references: Sequence[float], k: float = 1.0) -> Tensor:
-    """`visalign.aggregate.preference_as_reward` with the same references for all prompts."""
+    """`visalign.rewards.aggregate.preference_as_reward` with the same references for all prompts."""
     return aggregate.preference_as_reward(scores, scores.new_tensor(references), k)
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from visalign.advantages.group import group_advantages
-from visalign.aggregate import (
+from visalign.rewards.aggregate import (
     constrained,
     correlation_weighted,
     correlation_weights,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from visalign.images import images_to_pil
 from visalign.rewards import make_reward, score
-from visalign.rewards.imagereward import MEAN, STD, build_model, convert_state_dict
+from visalign.rewards.embedding.imagereward import MEAN, STD, build_model, convert_state_dict
 
 PROMPTS = ["a red circle", "two blue squares of the star", "a photo of a very green star", "left"]
 
@@ -225,7 +225,7 @@ def test_hummingbird_s_parts_are_blip2_s_two_readings(folders, images):
 
 
 def test_the_best_query_is_at_least_as_near_as_the_queries_mean(folders, images):
-    from visalign.rewards.hummingbird import global_likeness
+    from visalign.rewards.embedding.hummingbird import global_likeness
 
     reward = make_reward("hummingbird", **options("hummingbird", folders))
     model = reward._frozen.model

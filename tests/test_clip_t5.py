@@ -11,9 +11,10 @@ from tiny_clip_t5 import D_MODEL, SPARE, published_state, save_clip_t5, save_sta
 from torch import Tensor
 
 from visalign.images import images_to_pil
-from visalign.rewards import clip_t5, make_reward
-from visalign.rewards.clip_t5 import pad_to_square
+from visalign.rewards import make_reward
 from visalign.rewards.spec import parse_spec
+from visalign.rewards.vlm import clip_t5
+from visalign.rewards.vlm.clip_t5 import pad_to_square
 
 SYSTEM = "Look at the picture, then answer."  # words of these tests; the checkpoints were taught others
 KINDS = ("pytorch_model.bin in shards", "model.safetensors in shards", "pytorch_model.bin", "model.safetensors")

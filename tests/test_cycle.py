@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from scipy.ndimage import convolve
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
-from visalign.rewards.cycle import (
+from visalign.rewards.verifiers.cycle import (
     cycle_loss,
     depth_loss,
     doubted_loss,

@@ -15,12 +15,12 @@ from tiny_clip import save_tiny_clip
 
 from visalign.images import images_to_pil
 from visalign.rewards import RewardError, make_reward, score
-from visalign.rewards.frozen import ReferenceEmbeddings, content_key
-from visalign.rewards.hf_clip import HfEncoder, is_hf
-from visalign.rewards.lambda_harmonic import lambda_harmonic
-from visalign.rewards.preprocessing import CLIP, HALF, IMAGENET, from_processor
-from visalign.rewards.similarity import off_diagonal_mean, split_panels
-from visalign.rewards.vlm_rm import goal_baseline
+from visalign.rewards.embedding.frozen import ReferenceEmbeddings, content_key
+from visalign.rewards.embedding.hf_clip import HfEncoder, is_hf
+from visalign.rewards.embedding.lambda_harmonic import lambda_harmonic
+from visalign.rewards.embedding.preprocessing import CLIP, HALF, IMAGENET, from_processor
+from visalign.rewards.embedding.similarity import off_diagonal_mean, split_panels
+from visalign.rewards.embedding.vlm_rm import goal_baseline
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of a very green star", "a left star"]
 

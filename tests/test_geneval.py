@@ -7,10 +7,10 @@ from tiny_clip import save_tiny_clip
 
 from visalign.images import images_to_pil
 from visalign.rewards import RewardError, score
-from visalign.rewards.clip_encoder import ClipEncoder
-from visalign.rewards.detector import Detection, TransformersDetector, canonical, mask_box
-from visalign.rewards.geneval import ClipColours, GenevalReward, crop_object
-from visalign.rewards.geneval_rules import (
+from visalign.rewards.embedding.encoder import ClipEncoder
+from visalign.rewards.verifiers.detector import Detection, TransformersDetector, canonical, mask_box
+from visalign.rewards.verifiers.geneval import ClipColours, GenevalReward, crop_object
+from visalign.rewards.verifiers.geneval_rules import (
     COLOURS,
     box_iou,
     check_metadata,

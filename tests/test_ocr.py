@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visalign.rewards import score
-from visalign.rewards.ocr import OcrReward, edit_distance, normalise, quoted_text, text_score
+from visalign.rewards.verifiers.ocr import OcrReward, edit_distance, normalise, quoted_text, text_score
 
 IMAGES = torch.full((1, 3, 8, 8), 0.5)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
-from visalign.rewards.pairwise import Verdicts, all_pairs, ask_both, bradley_terry, drawn_pairs, win_rates
-from visalign.rewards.win_rate import WinRate, make_judge
+from visalign.rewards.groups.pairwise import Verdicts, all_pairs, ask_both, bradley_terry, drawn_pairs, win_rates
+from visalign.rewards.groups.win_rate import WinRate, make_judge
 
 BIAS = 0.7  # of the judge below, for whatever stands first
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from visalign.rewards import make_reward, score
-from visalign.rewards.paco import cells, grid_of, main_prompt
+from visalign.rewards.probability.paco import cells, grid_of, main_prompt
 from visalign.worlds.shapes.captions import parse
 from visalign.worlds.shapes.judge import judge, read
 from visalign.worlds.shapes.panels import make_panels, same_objects

@@ -7,8 +7,8 @@ import string
 
 import pytest
 
-from visalign.rewards.chat import Token
-from visalign.rewards.parsing import (
+from visalign.rewards.vlm.chat import Token
+from visalign.rewards.vlm.parsing import (
     Unreadable,
     as_numbers,
     digit_probabilities,

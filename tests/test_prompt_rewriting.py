@@ -13,7 +13,7 @@ from test_search_refine import Obedient, obedient
 from test_written_scores import Scripted
 from tiny_vlm import TEMPLATE, make_tokenizer
 
-from visalign.rewards.chat import Message, Reply
+from visalign.rewards.vlm.chat import Message, Reply
 from visalign.search.best_of_n import best_of_n
 from visalign.search.prompts.key_points import (
     KEY_POINT_GROUPS,

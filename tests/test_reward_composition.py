@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from visalign import aggregate
 from visalign.rewards import (
     CombinedReward,
     Member,
     RewardError,
     RewardOutput,
+    aggregate,
     as_reward,
     make_reward,
     parse_spec,

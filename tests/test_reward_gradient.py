@@ -10,7 +10,7 @@ from visalign.objectives import reward_gradient as rg
 from visalign.objectives import single_step as ss
 from visalign.rewards import make_reward
 from visalign.rewards.base import as_reward
-from visalign.rewards.video import segment_frames, segment_weights
+from visalign.rewards.video.measures import segment_frames, segment_weights
 from visalign.sampling.backprop import checkpointed, truncated_rollout
 from visalign.sampling.noising import add_noise, one_step_estimate, training_target
 from visalign.transitions import DDIM, FlowODE, FlowSDE, Schedule, ddim, flow_sde

@@ -26,8 +26,8 @@ from visalign.rewards import (
     reward_names,
     score,
 )
-from visalign.rewards.aesthetic import LAYERS
-from visalign.rewards.clip_encoder import SHIPPED, preprocess
+from visalign.rewards.embedding.aesthetic import LAYERS
+from visalign.rewards.embedding.encoder import SHIPPED, preprocess
 from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import place, sample_spec
@@ -323,7 +323,7 @@ def test_clip_never_falls_back_to_random_weights_or_a_download(clip_folder, tmp_
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="could not load"):
         make_reward("clip", model=str(tmp_path))
-    monkeypatch.setattr("visalign.rewards.clip_encoder._cached", lambda repo, names: None)
+    monkeypatch.setattr("visalign.rewards.embedding.encoder._cached", lambda repo, names: None)
     with pytest.raises(ValueError, match="not in the local cache; pass download=True"):
         make_reward("clip", model="ViT-B-32", pretrained="laion2b_s34b_b79k")
     with pytest.raises(ValueError, match="did you mean 'laion2b_s34b_b79k'"):

@@ -119,7 +119,7 @@ def test_listing_loads_no_weights(monkeypatch):
 
     monkeypatch.setattr("torch.load", loads)
     monkeypatch.setattr("safetensors.torch.load_file", loads)
-    monkeypatch.setattr("visalign.rewards.clip_encoder._load", loads)
+    monkeypatch.setattr("visalign.rewards.embedding.encoder._load", loads)
     assert len(table()) == len(reward_names()) + 1
 
 

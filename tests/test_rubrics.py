@@ -8,7 +8,11 @@ import torch
 from tiny_vlm import FAMILIES, save_tiny_vlm
 
 from visalign.rewards import RewardError, make_reward, score
-from visalign.rewards.auto_rubric import (
+from visalign.rewards.groups.candidates import picture_digest, shown_order, shown_pairs
+from visalign.rewards.probability.rubric import RubricReward
+from visalign.rewards.probability.rubric_file import load_rubric, rubric_scores
+from visalign.rewards.vlm.chat import Reply, Token
+from visalign.rewards.written.auto_rubric import (
     AutoRubric,
     AutoRubricReward,
     Theme,
@@ -16,14 +20,10 @@ from visalign.rewards.auto_rubric import (
     load_auto_rubric,
     rank_rewards,
 )
-from visalign.rewards.candidates import picture_digest, shown_order, shown_pairs
-from visalign.rewards.cdrrm import IDENTIFIER, Profile, contrast_rubrics, judge_accuracy, profiles, synthesise
-from visalign.rewards.chat import Reply, Token
-from visalign.rewards.delta_rubric import DeltaRubricReward, delta_scores, plan
-from visalign.rewards.rubric import RubricReward
-from visalign.rewards.rubric_file import load_rubric, rubric_scores
-from visalign.rewards.rubric_learning import Preference, build_rubric, gather, learn_criteria
-from visalign.rewards.unifiedreward_flex import (
+from visalign.rewards.written.cdrrm import IDENTIFIER, Profile, contrast_rubrics, judge_accuracy, profiles, synthesise
+from visalign.rewards.written.delta_rubric import DeltaRubricReward, delta_scores, plan
+from visalign.rewards.written.rubric_learning import Preference, build_rubric, gather, learn_criteria
+from visalign.rewards.written.unifiedreward_flex import (
     Comparison,
     UnifiedRewardFlex,
     decoupled_advantages,

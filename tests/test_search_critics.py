@@ -10,9 +10,9 @@ from live_server import LiveServer
 from test_remote_chat import Endpoint, completion
 from test_written_scores import Scripted, _rational
 
-from visalign.rewards.chat import Reply
-from visalign.rewards.parsing import Unreadable
-from visalign.rewards.rational_rewards import ASPECTS, HEADINGS
+from visalign.rewards.vlm.chat import Reply
+from visalign.rewards.vlm.parsing import Unreadable
+from visalign.rewards.written.rational_rewards import ASPECTS, HEADINGS
 from visalign.search.prompts.critics import (
     OUR_TEMPLATES,
     Critique,

@@ -9,7 +9,7 @@ from tiny_clip import save_tiny_clip
 
 from visalign.images import images_to_pil, pil_to_images
 from visalign.rewards import RewardError, make_reward, parse_spec, score
-from visalign.rewards.sets import (
+from visalign.rewards.groups.sets import (
     frechet_distance,
     kernel_distance,
     leave_one_out,

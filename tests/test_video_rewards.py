@@ -6,8 +6,8 @@ import torch
 from tiny_clip import save_tiny_clip
 
 from visalign.rewards import RewardError, RewardOutput, as_reward, make_reward, parse_spec, score
-from visalign.rewards.frames import over_frames
-from visalign.rewards.video import consistency, motion_smoothness, segment_frames, segment_weights
+from visalign.rewards.video.frames import over_frames
+from visalign.rewards.video.measures import consistency, motion_smoothness, segment_frames, segment_weights
 
 VIDEOS = torch.rand(3, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]

@@ -6,12 +6,12 @@ import torch
 from tiny_vlm import FAMILIES, save_tiny_vlm
 
 from visalign.images import images_to_pil
-from visalign.rewards.chat import Message
-from visalign.rewards.local_chat import LocalChat
-from visalign.rewards.qwen_patches import smart_resize
-from visalign.rewards.shared_prefix import common_length
-from visalign.rewards.vlm import VLM
-from visalign.rewards.yes_token import YesNo, token_log_probs
+from visalign.rewards.vlm.chat import Message
+from visalign.rewards.vlm.local_chat import LocalChat
+from visalign.rewards.vlm.model import VLM
+from visalign.rewards.vlm.qwen_patches import smart_resize
+from visalign.rewards.vlm.shared_prefix import common_length
+from visalign.rewards.vlm.yes_token import YesNo, token_log_probs
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -275,7 +275,7 @@ def test_a_conversation_that_fails_says_so_and_bad_options_are_refused(vlm, tmp_
 
 
 def test_draws_follow_the_models_distribution():
-    from visalign.rewards.local_chat import _Draw
+    from visalign.rewards.vlm.local_chat import _Draw
 
     scores = torch.tensor([[2.0, 1.0, 0.0, -3.0]]).expand(4000, -1)
     draw = _Draw(1, temperature=0.5, top_p=0.95, seed=0)

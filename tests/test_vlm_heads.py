@@ -11,11 +11,11 @@ from tiny_vlm import make_model, make_processor, make_tokenizer
 
 from visalign.images import images_to_pil
 from visalign.rewards import RewardError, make_reward, score
-from visalign.rewards.chat import Message, Reply
-from visalign.rewards.editreward import pool_heads
-from visalign.rewards.hpsv3 import uncertainty_loss
-from visalign.rewards.judging import load_template
-from visalign.rewards.vlm_heads import REWARD_TOKEN, convert_state_dict, make_head
+from visalign.rewards.head.editreward import pool_heads
+from visalign.rewards.head.hpsv3 import uncertainty_loss
+from visalign.rewards.vlm.chat import Message, Reply
+from visalign.rewards.vlm.heads import REWARD_TOKEN, convert_state_dict, make_head
+from visalign.rewards.vlm.judging import load_template
 
 SIDE = 56  # of a picture; with this budget of pixels it is not resized
 SHORT = "Rate {prompt}: <|Reward|>\n\nEND\n"

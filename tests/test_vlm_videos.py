@@ -6,11 +6,11 @@ from tiny_vlm import save_tiny_vlm
 
 from visalign.images import images_to_pil
 from visalign.rewards import make_reward
-from visalign.rewards.chat import Message
-from visalign.rewards.local_chat import LocalChat
 from visalign.rewards.spec import parse_spec
-from visalign.rewards.vlm import VLM
-from visalign.rewards.yes_token import YesNo
+from visalign.rewards.vlm.chat import Message
+from visalign.rewards.vlm.local_chat import LocalChat
+from visalign.rewards.vlm.model import VLM
+from visalign.rewards.vlm.yes_token import YesNo
 
 FPS = 5.0
 

@@ -9,14 +9,20 @@ import pytest
 import torch
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
-from visalign.rewards.chat import Message, Reply, Token
-from visalign.rewards.editscore import EditPass, edit_scores
-from visalign.rewards.judging import RETRY_SEED_STEP, UPSTREAM, ask, fill, load_template, placeholder
-from visalign.rewards.ordinal import expected_rating, probability_better, rating_variance, tie_mass
-from visalign.rewards.parsing import Unreadable
-from visalign.rewards.rational_rewards import rational_score, read_aspects, refined_prompt
-from visalign.rewards.unifiedreward_answers import read_dimensions, read_final_score, read_rank, read_shares, read_think
-from visalign.rewards.videoscore2 import expected_mark, published_mark
+from visalign.rewards.probability.ordinal import expected_rating, probability_better, rating_variance, tie_mass
+from visalign.rewards.vlm.chat import Message, Reply, Token
+from visalign.rewards.vlm.judging import RETRY_SEED_STEP, UPSTREAM, ask, fill, load_template, placeholder
+from visalign.rewards.vlm.parsing import Unreadable
+from visalign.rewards.written.editscore import EditPass, edit_scores
+from visalign.rewards.written.rational_rewards import rational_score, read_aspects, refined_prompt
+from visalign.rewards.written.unifiedreward_answers import (
+    read_dimensions,
+    read_final_score,
+    read_rank,
+    read_shares,
+    read_think,
+)
+from visalign.rewards.written.videoscore2 import expected_mark, published_mark
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 VIDEOS = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -5,12 +5,12 @@ import torch
 from tiny_vlm import save_tiny_vlm
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
-from visalign.rewards.chat import Message, Reply, Token
-from visalign.rewards.paco import cells, grid_of, main_prompt
-from visalign.rewards.probes import make_probes, probe
-from visalign.rewards.rewarddance import pick_references
-from visalign.rewards.vlm_yes import CRITERIA
-from visalign.rewards.yes_token import YesNo, read_reply, with_question
+from visalign.rewards.audit.probes import make_probes, probe
+from visalign.rewards.probability.paco import cells, grid_of, main_prompt
+from visalign.rewards.probability.rewarddance import pick_references
+from visalign.rewards.probability.vlm_yes import CRITERIA
+from visalign.rewards.vlm.chat import Message, Reply, Token
+from visalign.rewards.vlm.yes_token import YesNo, read_reply, with_question
 
 PROMPTS = ['a "red" circle {0}', "two blue squares", "a 1x2 grid of cats. Left: cat", "green"]
 
@@ -184,7 +184,7 @@ def test_prompt_echo_is_the_negative_loss_on_the_prompt(folder, images):
 
 def test_the_last_prompt_token_touches_the_last_term_only(folder, images):
     vlm = make_reward("prompt_echo", model=folder).vlm
-    from visalign.rewards.yes_token import token_log_probs
+    from visalign.rewards.vlm.yes_token import token_log_probs
 
     asked = [vlm.prompt([Message("user", (images[0], "q"))])] * 2
     terms = token_log_probs(vlm, asked, [[70, 71, 72], [70, 71, 99]])

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from visalign.images import images_to_numpy
 from visalign.rewards import Reward, as_reward
-from visalign.rewards.aesthetic import LAYERS
-from visalign.rewards.auto_rubric import AutoRubric, Theme
 from visalign.rewards.base import reward_factory
-from visalign.rewards.chat import Reply, Token
-from visalign.rewards.vlm import VLM
+from visalign.rewards.embedding.aesthetic import LAYERS
+from visalign.rewards.vlm.chat import Reply, Token
+from visalign.rewards.vlm.model import VLM
+from visalign.rewards.written.auto_rubric import AutoRubric, Theme
 from visalign.serving.server import Limits, make_app
 from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw

@@ -26,7 +26,7 @@ from visalign.objectives import reward_gradient as objectives
 from visalign.objectives import single_step
 from visalign.pipeline.encoding import Encoder
 from visalign.pipeline.generator import Generator
-from visalign.rewards.cycle import ControlnetCycle, per_item
+from visalign.rewards.verifiers.cycle import ControlnetCycle, per_item
 from visalign.sampling.backprop import checkpointed, truncated_rollout
 from visalign.sampling.noising import add_noise, one_step_estimate, training_target
 from visalign.sampling.rollout import rollout

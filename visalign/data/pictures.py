@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from visalign.images import numpy_to_images
-from visalign.rewards.cycle import edge_magnitude
+from visalign.rewards.verifiers.cycle import edge_magnitude
 from visalign.worlds.shapes.captions import parse
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import place

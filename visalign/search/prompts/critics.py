@@ -17,10 +17,10 @@ from torch import Tensor
 
 from visalign.names import unknown_name
 from visalign.rewards.base import Context
-from visalign.rewards.chat import Chat
-from visalign.rewards.judging import source_images
-from visalign.rewards.parsing import Unreadable
-from visalign.rewards.rational_rewards import (
+from visalign.rewards.vlm.chat import Chat
+from visalign.rewards.vlm.judging import source_images
+from visalign.rewards.vlm.parsing import Unreadable
+from visalign.rewards.written.rational_rewards import (
     ASPECTS,
     HEADINGS,
     RationalRewardsReward,
@@ -155,7 +155,7 @@ class VLMCritic:
 
     Args:
         task: "t2i", or "edit", whose source pictures come in context["references"].
-        model, url, chat_options: of `visalign.rewards.chat.make_chat`, so a `url` is that of an OpenAI-compatible
+        model, url, chat_options: of `visalign.rewards.vlm.chat.make_chat`, so a `url` is that of an OpenAI-compatible
             endpoint, which is tried again as `RemoteChat` says; model None: RationalRewards' checkpoint.
             `chat`: one already made.
         templates: as RationalRewardsReward's, "system" and "question"; None: OUR_TEMPLATES; "published": the files

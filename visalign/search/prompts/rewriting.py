@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visalign.rewards.chat import Chat, Message
-from visalign.rewards.judging import check_count, check_temperature, load_template, open_chat
+from visalign.rewards.vlm.chat import Chat, Message
+from visalign.rewards.vlm.judging import check_count, check_temperature, load_template, open_chat
 from visalign.search.chain import Chain
 from visalign.search.records import Event
 

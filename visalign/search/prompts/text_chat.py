@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from visalign.rewards.chat import Message, Reply
-from visalign.rewards.local_chat import _Draw
+from visalign.rewards.vlm.chat import Message, Reply
+from visalign.rewards.vlm.local_chat import _Draw
 
 
 class TextChat:

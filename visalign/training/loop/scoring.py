@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from visalign.aggregate import weighted_sum
 from visalign.rewards import CombinedReward, Reward, RewardError, score
+from visalign.rewards.aggregate import weighted_sum
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from visalign.pipeline.calls import call_parameters
 from visalign.pipeline.encoding import Encoder, picture_size
 from visalign.pipeline.generator import Generator
 from visalign.rewards import Reward
-from visalign.rewards.cycle import ControlnetCycle
+from visalign.rewards.verifiers.cycle import ControlnetCycle
 from visalign.sampling.seeds import derived_seed
 from visalign.training.loop.batches import Samples, cut
 from visalign.training.loop.evaluate import Extras

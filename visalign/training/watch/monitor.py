@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from visalign.advantages.group import group_statistics
-from visalign.rewards.jpeg import jpeg_kilobytes
-from visalign.rewards.sets import vendi_score
+from visalign.rewards.groups.sets import vendi_score
+from visalign.rewards.verifiers.jpeg import jpeg_kilobytes
 from visalign.statistics import pictures as pictures
 
 from .hacking import Finding, MonitorOptions, check, check_heldout

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visalign.rewards.sets import frechet_distance
+from visalign.rewards.groups.sets import frechet_distance
 
 from .network import CLASSES, DigitClassifier, to_grey
 

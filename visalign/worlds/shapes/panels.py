@@ -43,7 +43,7 @@ def make_panels(count: int, seed: int = 0, split: str = "test") -> tuple[Tensor,
 
 
 def panel_prompt(spec: Spec) -> str:
-    """The prompt for two panels of one meaning, in the form that `rewards/paco.py` reads."""
+    """The prompt for two panels of one meaning, in the form that `rewards/probability/paco.py` reads."""
     text = caption(spec)
     return f"a 1x2 grid of {text}. Left: {text}. Right: {text}."
 

@@ -1,0 +1,1 @@
+"""Rewards that a VLM writes out: UnifiedReward, EditScore, VideoScore2, Rational Rewards, learned and automatic rubrics."""
