@@ -23,12 +23,12 @@ def build(settings: Settings):
     """
     import gradio as gr
 
-    from visalign.demos.compare_tab import compare_tab
     from visalign.demos.page import Page
-    from visalign.demos.prefer_tab import prefer_tab
-    from visalign.demos.runs_tab import runs_tab
-    from visalign.demos.score_tab import score_tab
-    from visalign.demos.search_tab import search_tab
+    from visalign.demos.tabs.compare import compare_tab
+    from visalign.demos.tabs.prefer import prefer_tab
+    from visalign.demos.tabs.runs import runs_tab
+    from visalign.demos.tabs.score import score_tab
+    from visalign.demos.tabs.search import search_tab
     from visalign.demos.workshop import Workshop
 
     page = Page(settings, Workshop(settings))
@@ -57,7 +57,10 @@ def launch(settings: Settings, wait: bool = True):
     """Open the page and serve it; returns the blocks once it is up if not to `wait`."""
     import gradio as gr
 
-    from visalign.demos import markup, prefer_tab, score_tab, search_view
+    from . import markup
+    from .tabs import prefer as prefer_tab
+    from .tabs import score as score_tab
+    from .tabs import search_view
 
     blocks = build(settings)
     blocks.queue(max_size=64)

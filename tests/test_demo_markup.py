@@ -4,8 +4,8 @@ from PIL import Image
 from visalign.demos import markup
 from visalign.demos.asked import Asked, Reading, Side
 from visalign.demos.plots import curves_html, search_curve_html
-from visalign.demos.runs_tab import findings_html, runs_html
-from visalign.demos.score_tab import ranking_html, read_rubric
+from visalign.demos.tabs.runs import findings_html, runs_html
+from visalign.demos.tabs.score import ranking_html, read_rubric
 from visalign.worlds.shapes.scenes import Placed
 
 EVIL = "<img src=x onerror=alert(1)>\"'&"

@@ -6,12 +6,11 @@ from typing import Any
 
 import gradio as gr
 
+from visalign.demos.files import read_picture, run_folder, run_names, sample_files
+from visalign.demos.markup import figure, note, status, table
+from visalign.demos.page import HIDDEN, Page, Updates, guarded
+from visalign.demos.plots import curves_html
 from visalign.training.run.folder import read_metrics
-
-from .files import read_picture, run_folder, run_names, sample_files
-from .markup import figure, note, status, table
-from .page import HIDDEN, Page, Updates, guarded
-from .plots import curves_html
 
 CURVES = {  # what a plot shows: the numbers of metrics.jsonl in it, each drawn if a run has it
     "reward": ("reward_mean", "eval_reward"),

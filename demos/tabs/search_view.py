@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from visalign.demos.markup import data_uri, note, text
 from visalign.images import images_to_pil
 from visalign.search import Chain, Event
 from visalign.search.particles.particles import Particles
 from visalign.search.tree.picture import leaf_images, places_of, shown_leaves
 from visalign.search.tree.tree import Tree
-
-from .markup import data_uri, note, text
 
 LEAVES = 8
 PICTURES = 16

@@ -7,14 +7,13 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from visalign.demos.asked import Reading
+from visalign.demos.files import MOST_UPLOADS, SUFFIXES, decode_upload
+from visalign.demos.jobs import Job, follow
+from visalign.demos.markup import data_uri, details, note, status, text
+from visalign.demos.page import Page, Updates, work
+from visalign.demos.settings import MAX_PROMPT
 from visalign.rewards import make_reward
-
-from .asked import Reading
-from .files import MOST_UPLOADS, SUFFIXES, decode_upload
-from .jobs import Job, follow
-from .markup import data_uri, details, note, status, text
-from .page import Page, Updates, work
-from .settings import MAX_PROMPT
 
 RUBRIC = "your rubric"
 MOST_RUBRIC = 4000  # characters

@@ -8,16 +8,15 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
+from visalign.demos.asked import BASE, MOST_BUDGET, MOST_PICTURES, MOST_STEPS, PLAIN, SEARCHES, Asked, Reading, Side
+from visalign.demos.files import save_comparison, side_by_side, to_download
+from visalign.demos.jobs import Job, Stopped, follow
+from visalign.demos.markup import bars, details, figure, note, reading_of, status
+from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
+from visalign.demos.settings import MAX_PROMPT
 from visalign.images import images_to_pil
 from visalign.worlds.shapes.judge import read
 from visalign.worlds.shapes.scenes import SIZE
-
-from .asked import BASE, MOST_BUDGET, MOST_PICTURES, MOST_STEPS, PLAIN, SEARCHES, Asked, Reading, Side
-from .files import save_comparison, side_by_side, to_download
-from .jobs import Job, Stopped, follow
-from .markup import bars, details, figure, note, reading_of, status
-from .page import HIDDEN, Page, Updates, guarded, work
-from .settings import MAX_PROMPT
 
 Readings = dict[str, list[Reading]]
 

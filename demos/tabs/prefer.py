@@ -9,16 +9,15 @@ from typing import Any
 
 import gradio as gr
 
+from visalign.demos.asked import BASE, PLAIN, SEARCHES, Asked, Side
+from visalign.demos.files import new_folder, to_download
+from visalign.demos.jobs import Job, follow
+from visalign.demos.markup import figure, note, status, table
+from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
+from visalign.demos.settings import MAX_PROMPT
+from visalign.demos.votes import Pair, VoteStore, zipped
 from visalign.images import images_to_pil
 from visalign.statistics.bradley_terry import agreement, bradley_terry
-
-from .asked import BASE, PLAIN, SEARCHES, Asked, Side
-from .files import new_folder, to_download
-from .jobs import Job, follow
-from .markup import figure, note, status, table
-from .page import HIDDEN, Page, Updates, guarded, work
-from .settings import MAX_PROMPT
-from .votes import Pair, VoteStore, zipped
 
 CHOICES = {  # button: what it says, its key, the label it stores
     "left": ("A: left is better", "a", "image_0"),
@@ -158,7 +157,7 @@ def _pair_html(made: Pair, blind: bool) -> str:
 
 
 def figure_prompt(prompt: str) -> str:
-    from .markup import text
+    from visalign.demos.markup import text
 
     return f"<p>Prompt: <strong>{text(prompt)}</strong></p>"
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import gradio as gr
 
+from visalign.demos.asked import MOST_BUDGET, MOST_STEPS, Asked, Side
+from visalign.demos.files import new_folder, png_info, to_download
+from visalign.demos.jobs import Job, follow
+from visalign.demos.markup import figure, note, status
+from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
+from visalign.demos.plots import search_curve_html
+from visalign.demos.settings import MAX_PROMPT
 from visalign.images import images_to_pil
 from visalign.search import METHODS, Best
 from visalign.search.session import write_json
 
-from .asked import MOST_BUDGET, MOST_STEPS, Asked, Side
-from .files import new_folder, png_info, to_download
-from .jobs import Job, follow
-from .markup import figure, note, status
-from .page import HIDDEN, Page, Updates, guarded, work
-from .plots import search_curve_html
 from .search_view import CLICK, View, Viewer
-from .settings import MAX_PROMPT
 
 OFFERED = tuple(name for name in METHODS if name not in ("refine", "enhance"))  # those need a critic or a rewriter
 EVERY = 0.5  # seconds between views

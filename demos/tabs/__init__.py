@@ -1,0 +1,1 @@
+"""The workbench's tabs, a file each: compare, search, score, prefer, runs."""
