@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from visalign.worlds.shapes.build_clip import platt
+from visalign.worlds.shapes.building.clip import platt
+from visalign.worlds.shapes.building.tasks import content, make_lesson, roughen, spoil, train_miss
 from visalign.worlds.shapes.captions import caption, parse
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.judge import judge
-from visalign.worlds.shapes.lessons import content, make_lesson, roughen, spoil, train_miss
 from visalign.worlds.shapes.scenes import COLOURS, RELATIONS, SHAPES, Spec, place, sample_spec
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from visalign.worlds.shapes.muon import Muon, MuonAndAdamW, hidden_matrices, orthogonalise, warmup_cosine
+from visalign.worlds.shapes.building.muon import Muon, MuonAndAdamW, hidden_matrices, orthogonalise, warmup_cosine
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 64), (3, 96, 64), (1, 64, 192)])

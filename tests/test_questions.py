@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from visalign.images import images_to_pil
+from visalign.worlds.shapes.building.tasks import make_lesson
+from visalign.worlds.shapes.building.vlm_tasks import AsideLosses, batch_of, conversation, side_of, turns
 from visalign.worlds.shapes.captions import parse
 from visalign.worlds.shapes.judge import judge
-from visalign.worlds.shapes.lessons import make_lesson
 from visalign.worlds.shapes.questions import DESCRIBE, Question, ask, match_question, relation_question
 from visalign.worlds.shapes.scenes import COLOURS, SHAPES, Spec
 from visalign.worlds.shapes.vlm import make_processor, make_vlm, merge_order, patches
-from visalign.worlds.shapes.vlm_lessons import AsideLosses, batch_of, conversation, side_of, turns
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from visalign.rewards import make_reward, parse_spec, score
-from visalign.worlds.shapes.build_taste import tasted_scenes, train_taste
+from visalign.worlds.shapes.building.taste import tasted_scenes, train_taste
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import Placed, Scene, place, sample_spec
 from visalign.worlds.shapes.taste import balance, contrast, lightness, room, taste

@@ -6,8 +6,8 @@ from diffusers import LCMScheduler
 from torch import nn
 
 from visalign.pipeline.generator import Generator
-from visalign.worlds.shapes.build_consistency import SIGMA_DATA, clean, consistent, train_consistency
-from visalign.worlds.shapes.build_diffusion import DDIM, teacher_noise, train_diffusion
+from visalign.worlds.shapes.building.consistency import SIGMA_DATA, clean, consistent, train_consistency
+from visalign.worlds.shapes.building.diffusion import DDIM, teacher_noise, train_diffusion
 
 
 class Knowing(nn.Module):

@@ -15,10 +15,10 @@ from visalign.training.loop.evaluate import evaluate
 from visalign.transitions import FlowODE, ode_of, sampler_of
 from visalign.worlds import JUDGES, resolve_model
 from visalign.worlds.shapes import WEIGHTS, world_prompts
-from visalign.worlds.shapes.build_vlm import accuracy, held_out_lesson
+from visalign.worlds.shapes.building.tasks import spoil
+from visalign.worlds.shapes.building.vlm import accuracy, held_out_lesson
 from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw
-from visalign.worlds.shapes.lessons import spoil
 from visalign.worlds.shapes.scenes import place, sample_spec
 
 

@@ -240,7 +240,7 @@ def _world(arguments: argparse.Namespace) -> None:
     elif arguments.action == "show":
         _show_world(arguments)
     else:
-        from visalign.worlds.shapes.build import build
+        from visalign.worlds.shapes.building.build import build
 
         build(arguments.part, arguments.out, device=arguments.device, steps=arguments.steps)
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .building.tasks import near_miss
 from .captions import caption
 from .drawing import draw
 from .judge import read
-from .lessons import near_miss
 from .scenes import SIZE, Scene, Spec, place, sample_spec
 
 KIND_WEIGHTS = (0.2, 0.3, 0.3, 0.0, 0.1, 0.1)  # no relations: objects may stand anywhere in either panel

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from visalign.pipeline.generator import Generator
+from visalign.worlds.shapes import WEIGHTS
+from visalign.worlds.shapes.scenes import COLOURS, SHAPES
+from visalign.worlds.shapes.text import MAX_TOKENS, make_tokenizer
 
-from . import WEIGHTS
-from .build_flow import encode_captions, finish_folder, make_latents
+from .flow import encode_captions, finish_folder, make_latents
 from .muon import MuonAndAdamW, follow, warmup_cosine
-from .scenes import COLOURS, SHAPES
-from .text import MAX_TOKENS, make_tokenizer
 
 log = logging.getLogger(__name__)
 WIDTHS = (32, 128)  # channels at 16 x 16 and at 8 x 8

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from visalign.pipeline.generator import Generator
+from visalign.worlds.shapes.captions import caption
+from visalign.worlds.shapes.drawing import draw, patch_labels
+from visalign.worlds.shapes.scenes import COLOURS, SHAPES, place, sample_spec
+from visalign.worlds.shapes.text import MAX_TOKENS, make_tokenizer
 
-from .captions import caption
-from .drawing import draw, patch_labels
 from .muon import MuonAndAdamW, follow, warmup_cosine
-from .scenes import COLOURS, SHAPES, place, sample_spec
-from .text import MAX_TOKENS, make_tokenizer
 
 log = logging.getLogger(__name__)
 LESSON_WEIGHTS = (0.05, 0.1, 0.12, 0.4, 0.18, 0.15)  # of KINDS: about as distinct held-out meanings fall

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
-from . import WEIGHTS
-from .drawing import draw
-from .lessons import roughen
+from visalign.worlds.shapes import WEIGHTS
+from visalign.worlds.shapes.drawing import draw
+from visalign.worlds.shapes.scenes import Scene, place, sample_spec
+from visalign.worlds.shapes.taste import FILE, TasteHead, taste
+
 from .muon import warmup_cosine
-from .scenes import Scene, place, sample_spec
-from .taste import FILE, TasteHead, taste
+from .tasks import roughen
 
 log = logging.getLogger(__name__)
 EMPTY = 1 / 16  # share of training scenes whose objects are taken away

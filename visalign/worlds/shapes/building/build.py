@@ -8,15 +8,16 @@ from typing import Any
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection
 
-from .. import PARTS
-from . import WEIGHTS
-from .build_clip import train_clip
-from .build_consistency import train_consistency
-from .build_diffusion import train_diffusion
-from .build_flow import train_flow
-from .build_taste import train_taste
-from .build_vae import train_vae
-from .build_vlm import train_vlm
+from visalign.worlds import PARTS
+from visalign.worlds.shapes import WEIGHTS
+
+from .clip import train_clip
+from .consistency import train_consistency
+from .diffusion import train_diffusion
+from .flow import train_flow
+from .taste import train_taste
+from .vae import train_vae
+from .vlm import train_vlm
 
 
 def build(part: str, folder: Path, *, device: str = "cpu", steps: int | None = None) -> None:

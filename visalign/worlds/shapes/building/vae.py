@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .drawing import draw
-from .scenes import SPLITS, place, sample_spec
+from visalign.worlds.shapes.drawing import draw
+from visalign.worlds.shapes.scenes import SPLITS, place, sample_spec
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from scipy import optimize
 from torch import Tensor, nn
 
-from .captions import caption
-from .drawing import PATCH
-from .lessons import Lesson, content, make_lesson, roughen, train_miss
+from visalign.worlds.shapes.captions import caption
+from visalign.worlds.shapes.drawing import PATCH
+from visalign.worlds.shapes.scenes import COLOURS, SHAPES, Spec
+from visalign.worlds.shapes.text import MAX_TOKENS, make_tokenizer, save_tokenizer
+
 from .muon import MuonAndAdamW, warmup_cosine
-from .scenes import COLOURS, SHAPES, Spec
-from .text import MAX_TOKENS, make_tokenizer, save_tokenizer
+from .tasks import Lesson, content, make_lesson, roughen, train_miss
 
 log = logging.getLogger(__name__)
 CONFIG = {

@@ -16,12 +16,12 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DCondit
 from torch import Tensor
 
 from visalign.pipeline.generator import Generator
+from visalign.worlds.shapes import WEIGHTS
+from visalign.worlds.shapes.text import MAX_TOKENS, make_tokenizer
 
-from . import WEIGHTS
-from .build_diffusion import DDIM, make_unet, save_small
-from .build_flow import make_latents
+from .diffusion import DDIM, make_unet, save_small
+from .flow import make_latents
 from .muon import MuonAndAdamW, follow, warmup_cosine
-from .text import MAX_TOKENS, make_tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULTS = {"num_steps": 4, "guidance_scale": 1.5}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .drawing import draw, patch_labels
-from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, Scene, Spec, place, sample_spec
+from visalign.worlds.shapes.drawing import draw, patch_labels
+from visalign.worlds.shapes.scenes import COLOURS, RELATIONS, SHAPES, SIZE, Scene, Spec, place, sample_spec
 
 
 def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from .captions import caption
-from .lessons import Lesson, content
-from .questions import BETTER, SAME, WHOLE, Question, ask
-from .scenes import COLOURS, RELATIONS, SHAPES, Spec
-from .vlm import merge_order
+from visalign.worlds.shapes.captions import caption
+from visalign.worlds.shapes.questions import BETTER, SAME, WHOLE, Question, ask
+from visalign.worlds.shapes.scenes import COLOURS, RELATIONS, SHAPES, Spec
+from visalign.worlds.shapes.vlm import merge_order
+
+from .tasks import Lesson, content
 
 
 def turns(

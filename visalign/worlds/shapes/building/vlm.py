@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from .lessons import Lesson, make_lesson, roughen
+from visalign.worlds.shapes.vlm import make_processor, make_vlm, patches, save_vlm
+
 from .muon import MuonAndAdamW, warmup_cosine
-from .vlm import make_processor, make_vlm, patches, save_vlm
-from .vlm_lessons import AsideLosses, batch_of, turns
+from .tasks import Lesson, make_lesson, roughen
+from .vlm_tasks import AsideLosses, batch_of, turns
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""How the shapes world's models were trained; `visalign world build` makes them anew. From outside: `build.build`."""
