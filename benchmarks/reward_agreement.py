@@ -7,10 +7,11 @@
 A reward is what `make_reward` takes: a name, file.py:attribute, a sum, a YAML file, or a mapping written in YAML.
 
 Agreement is within prompts, with `gold` (the share of criteria that hold) and with strict gold: pairwise accuracy with
-tie calibration, and Kendall's tau-b (`visalign/statistics/agreement.py`). Images/s is the median over batches of whole groups; the
-first is left out where there are others. Fooled: share of prompts, of those with a strictly right sample, whose attack
-(`rewards/audit/attacks.py`) scores above the mean of the right samples; the patch lies on a plain grey ground. Rewards that
-look at groups see an attack among its prompt's samples. Rewards that need references get drawings of the prompt.
+tie calibration, and Kendall's tau-b (`visalign/statistics/agreement.py`). Images/s is the median over batches of whole
+groups; the first is left out where there are others. Fooled: share of prompts, of those with a strictly right sample,
+whose attack (`rewards/audit/attacks.py`) scores above the mean of the right samples; the patch lies on a plain grey
+ground. Rewards that look at groups see an attack among its prompt's samples. Rewards that need references get drawings
+of the prompt.
 
 Panels (`visalign/worlds/shapes/panels.py`): accuracy of telling same from different at the threshold that is best on
 the other half, and area under the curve.

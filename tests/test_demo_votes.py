@@ -9,12 +9,12 @@ import time
 import pytest
 from PIL import Image
 
-from visalign.demos.votes import LABELS, LOG, Pair, VoteStore, zipped
+from visalign.data.votes import LABELS, LOG, Pair, VoteStore, zipped
 
 VOTER = """
 import sys
 from PIL import Image
-from visalign.demos.votes import Pair, VoteStore
+from visalign.data.votes import Pair, VoteStore
 
 store = VoteStore(sys.argv[1])
 for n in range(int(sys.argv[2]), 200):

@@ -15,7 +15,7 @@ SPREAD = 0.5  # of the data; their mean is the length of the prompt
 
 
 class ToyGenerator:
-    """The interface of `visalign.pipeline.generator.Generator` over an exact model; records its calls and its model calls."""
+    """The interface of a Generator over an exact model; records its calls and its model calls."""
 
     def __init__(self, num_steps=10, kind="flow", scale=1.0):
         levels = torch.linspace(1, 0, num_steps + 1)

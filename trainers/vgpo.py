@@ -9,9 +9,9 @@ are sums along the trajectory (eq. 10), weights compare a trajectory's steps (eq
 each step and add an absolute term (eqs. 12 and 13). The rest is Flow-GRPO (2505.05470).
 
 Reconstructed, for neither code nor the full text could be read: the discount's direction and value, the size of the
-absolute term (hence 0 by default) and the order of weight and normalisation; see `visalign.advantages.process_values`. Ours:
-rewards that go below 0 are shifted by their running minimum, weights are clamped to [0, 5], and advantages are clipped
-after they are weighted.
+absolute term (hence 0 by default) and the order of weight and normalisation; see `visalign.advantages.process_values`.
+Ours: rewards that go below 0 are shifted by their running minimum, weights are clamped to [0, 5], and advantages are
+clipped after they are weighted.
 """
 
 from dataclasses import dataclass

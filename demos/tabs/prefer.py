@@ -15,7 +15,7 @@ from visalign.demos.jobs import Job, follow
 from visalign.demos.markup import figure, note, status, table
 from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
 from visalign.demos.settings import MAX_PROMPT
-from visalign.demos.votes import Pair, VoteStore, zipped
+from visalign.data.votes import Pair, VoteStore, zipped
 from visalign.images import images_to_pil
 from visalign.statistics.bradley_terry import agreement, bradley_terry
 

@@ -121,7 +121,7 @@ def _decode(paths: Sequence[str] | None) -> tuple[list[tuple[str, Image.Image]],
 
 
 def read_rubric(lines: str | None) -> list[dict[str, Any]]:
-    """Criteria, one a line, as `visalign.rewards.probability.rubric_file` takes them; a line that ends in "?" is the question.
+    """Criteria, one a line, as rubric files have them; a line that ends in "?" is the question.
 
     Regular expressions are not taken from the page: a bad one could keep the server busy for ever.
 

@@ -1,1 +1,1 @@
-"""Attacks on rewards: pictures that deserve nothing, and adversarial patches. From outside: `probes.probe`, `attacks`."""
+"""Attacks on rewards: pictures that deserve nothing, adversarial patches. From outside: `probes.probe`, `attacks`."""

@@ -1,1 +1,1 @@
-"""Rewards read from a VLM's token probabilities: yes-token, VQAScore, PromptEcho, RewardDance, PaCo, ordinal, rubric."""
+"""Rewards read from a VLM's token probabilities: yes-token, VQAScore, PromptEcho, RewardDance, PaCo, rubrics."""

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from visalign.names import unknown_name
 
-FOLDER = Path(__file__).parent / "rubrics"  # those that come with the project
+FOLDER = Path(__file__).parents[1] / "rubrics"  # those that come with the project
 WORDING = "{question} Answer Yes or No."
 DEFAULT_QUESTION = 'The prompt of this picture was "{prompt}". Is the following true of the picture? {text}'
 _KEYS = {"name", "text", "weight", "applies_to", "question", "questions", "answer"}

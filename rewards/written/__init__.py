@@ -1,1 +1,1 @@
-"""Rewards that a VLM writes out: UnifiedReward, EditScore, VideoScore2, Rational Rewards, learned and automatic rubrics."""
+"""Rewards that a VLM writes out: UnifiedReward, EditScore, VideoScore2, Rational Rewards, rubrics that are learned."""

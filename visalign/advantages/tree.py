@@ -1,6 +1,6 @@
 """Rewards of a tree's leaves to advantages of its edges, and which branches are trained.
 
-An edge is named by the node it leads to; nodes of one depth are numbered 0 .. W-1 (see `visalign.sampling.branching.Tree`).
+An edge is named by the node it leads to; nodes of one depth are numbered 0 .. W-1, as in `sampling.branching.Tree`.
 """
 
 from typing import Literal

@@ -1,1 +1,1 @@
-"""Diffusion tree sampling and search: the tree, its rules, rollouts, file and picture. From outside: `dts`, `reading`."""
+"""Diffusion tree sampling and search: the tree, its rules, rollouts, file, picture. From outside: `dts`, `reading`."""
