@@ -3,7 +3,7 @@
     python benchmarks/conformance_table.py           # print it
     python benchmarks/conformance_table.py --write   # and put it into README.md, between its markers
 
-Tiny randomly initialised pipelines, float32, four steps, on this machine's CPU (see tests/tiny_pipelines.py).
+Tiny randomly initialised pipelines, float32, four steps, on this machine's CPU (see tests/toys/tiny_pipelines.py).
 """
 
 import argparse
@@ -25,7 +25,7 @@ class _Patch:
 
 def table() -> str:
     """Measure every family; the largest absolute differences to the stock pipeline, one row a family."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "toys"))
     import tiny_pipelines as tiny
 
     tiny.shrink_condition_images(_Patch())

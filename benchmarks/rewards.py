@@ -23,7 +23,7 @@ from visalign.rewards.vlm.chat import Message
 from visalign.rewards.vlm.model import VLM
 from visalign.rewards.vlm.yes_token import YesNo
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "toys"))
 import tiny_vlm
 
 GROUP = 16

@@ -39,7 +39,7 @@ def test_visalign_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatc
     assert len(lines) >= 6
     for line in lines:
         words = [str(ROOT / word) if word.startswith("trainers/") else word for word in shlex.split(line)[1:]]
-        if words[0] == "serve":  # goes on for ever; tests/test_serving.py has it
+        if words[0] == "serve":  # goes on for ever; tests/serving/test_serving.py has it
             continue
         if words[0] == "train":
             words += SMALL if "--resume" not in words else ["--steps", "2"]

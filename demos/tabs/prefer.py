@@ -9,13 +9,13 @@ from typing import Any
 
 import gradio as gr
 
+from visalign.data.votes import Pair, VoteStore, zipped
 from visalign.demos.asked import BASE, PLAIN, SEARCHES, Asked, Side
 from visalign.demos.files import new_folder, to_download
 from visalign.demos.jobs import Job, follow
 from visalign.demos.markup import figure, note, status, table
 from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
 from visalign.demos.settings import MAX_PROMPT
-from visalign.data.votes import Pair, VoteStore, zipped
 from visalign.images import images_to_pil
 from visalign.statistics.bradley_terry import agreement, bradley_terry
 

@@ -2,7 +2,7 @@
 
 Each check takes the series of a run and returns a finding or None. The limits are in units that mean the same on any
 model: the spread of the first iterations' pictures, the share that is left of a diversity. They were set on simulated
-runs (tests/test_monitor.py).
+runs (tests/training/test_monitor.py).
 """
 
 from collections.abc import Mapping

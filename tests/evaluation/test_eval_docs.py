@@ -13,7 +13,7 @@ from visalign.pipeline.generator import Generator
 from visalign.training.policy import Policy
 from visalign.worlds import resolve_model
 
-PAGE = (Path(__file__).parent.parent / "docs/eval.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/eval.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

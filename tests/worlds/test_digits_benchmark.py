@@ -17,7 +17,7 @@ from visalign.worlds.digits import DigitsModel
 @pytest.fixture(scope="module")
 def digits():
     spec = importlib.util.spec_from_file_location(
-        "digits_benchmark", Path(__file__).parents[1] / "benchmarks" / "digits.py"
+        "digits_benchmark", Path(__file__).parents[2] / "benchmarks" / "digits.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

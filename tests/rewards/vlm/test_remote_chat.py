@@ -1,6 +1,5 @@
 """RemoteChat against a real endpoint: what it sends, reads, tries again, keeps, and how it says what went wrong."""
 
-import asyncio
 import base64
 import io
 import json
@@ -12,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI, Request
+from chats import Endpoint, completion
 from fastapi.responses import JSONResponse, Response
 from live_server import LiveServer, free_port
 from PIL import Image
@@ -26,39 +25,8 @@ from visalign.rewards.vlm.remote_chat import RemoteChat
 PICTURE = torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(0))
 
 
-def completion(text, places=None, **more):
-    logprobs = None if places is None else {"content": places}
-    return {"choices": [{"message": {"content": text}, "logprobs": logprobs, "finish_reason": "stop"}], **more}
-
-
 def place(token, log_prob, *top):
     return {"token": token, "logprob": log_prob, "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}
-
-
-class Endpoint:
-    """An OpenAI-compatible endpoint. `answer(body, n)` gives the n-th answer: JSON, or a Response."""
-
-    def __init__(self) -> None:
-        self.answer = lambda body, n: completion(f"answer to {body['messages'][-1]['content']}")
-        self.delay = lambda body, n: 0.0
-        self.bodies, self.headers, self.times = [], [], []
-        self.busy = self.busiest = 0
-        self.app = FastAPI()
-        self.app.post("/v1/chat/completions")(self._complete)
-
-    async def _complete(self, request: Request):
-        body, n = await request.json(), len(self.bodies)
-        self.bodies.append(body)
-        self.headers.append(dict(request.headers))
-        self.times.append(time.monotonic())
-        self.busy += 1
-        self.busiest = max(self.busiest, self.busy)
-        try:
-            await asyncio.sleep(self.delay(body, n))
-            given = self.answer(body, n)
-        finally:
-            self.busy -= 1
-        return given if isinstance(given, Response) else JSONResponse(given)
 
 
 @pytest.fixture

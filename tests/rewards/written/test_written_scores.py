@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from chats import Scripted, rational_reply
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
 from visalign.rewards.probability.ordinal import expected_rating, probability_better, rating_variance, tie_mass
@@ -51,20 +52,6 @@ def templates(tmp_path, monkeypatch):
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
     monkeypatch.setenv("VISALIGN_TEMPLATES", str(tmp_path))
     return tmp_path
-
-
-class Scripted:
-    """A chat that answers by a function of (conversation, options), and remembers what it was asked."""
-
-    name = "scripted"
-
-    def __init__(self, answer) -> None:
-        self.answer, self.asked = answer, []
-
-    def __call__(self, conversations, **options):
-        self.asked += [(conversation, options) for conversation in conversations]
-        replies = [self.answer(conversation, options) for conversation in conversations]
-        return [reply if isinstance(reply, Reply) else Reply(reply) for reply in replies]
 
 
 def _text(conversation) -> str:
@@ -496,17 +483,6 @@ def test_one_group_has_one_prompt():
 # RationalRewards
 
 
-def _rational(faith, quality, text="N/A", tail="\n# Summary: fine\n") -> str:
-    return (
-        "# User Request Analysis\nScore: 1\n# Detailed Judgement\n"
-        f"1. Text Faithfulness:\n## Justification: good\n## Score: {faith}\n"
-        f"2. Physical and Visual Quality:\n## Justification: 2. flaws\n## Score: {quality}\n"
-        f"3. Text Rendering:\n## Justification: -\n## Score: {text}\n{tail}"
-        "3. Text Rendering:\n## Score: 1\n"
-        "# User Request Refinement:\n## Refinement Comments: add light\n## Refined Request: a bright cat"
-    )
-
-
 ASPECTS = ("text_faithfulness", "physical_quality", "text_rendering")
 
 
@@ -515,20 +491,20 @@ ASPECTS = ("text_faithfulness", "physical_quality", "text_rendering")
     [(("4", "4.0", "4"), 1.0), (("1", "1"), 0.0), (("3.5 (good)", "2"), 1.75 / 3), (("**3**", "9"), 2.5 / 3)],
 )
 def test_marks_are_averaged_clamped_and_scaled_to_0_and_1(marks, expected):
-    output = make_reward("rational_rewards", chat=Scripted(lambda c, o: _rational(*marks)))(IMAGES, ["a"] * 3)
+    output = make_reward("rational_rewards", chat=Scripted(lambda c, o: rational_reply(*marks)))(IMAGES, ["a"] * 3)
     assert output.scores.tolist() == pytest.approx([expected] * 3)
     assert output.extra["refined_prompt"] == ["a bright cat"] * 3
 
 
 def test_an_aspect_that_does_not_apply_is_left_out_and_reads_nan():
-    marks = read_aspects(_rational("4", "2"), ASPECTS)
+    marks = read_aspects(rational_reply("4", "2"), ASPECTS)
     assert marks == {"text_faithfulness": 4, "physical_quality": 2, "text_rendering": None}
     assert rational_score(marks) == pytest.approx(2 / 3)
-    output = make_reward("rational_rewards", chat=Scripted(lambda c, o: _rational("4", "2")))(IMAGES, ["a"] * 3)
+    output = make_reward("rational_rewards", chat=Scripted(lambda c, o: rational_reply("4", "2")))(IMAGES, ["a"] * 3)
     assert output.criteria["text_rendering"].isnan().all()
 
 
-@pytest.mark.parametrize("text", ["", "N/A", "a fine cat", "# Summary: 4", _rational("N/A", "N/A", "N/A")])
+@pytest.mark.parametrize("text", ["", "N/A", "a fine cat", "# Summary: 4", rational_reply("N/A", "N/A", "N/A")])
 def test_without_any_mark_the_sample_is_invalid(text):
     reward = make_reward("rational_rewards", chat=Scripted(lambda c, o: text), retries=1)
     output = reward(IMAGES, ["a"] * 3)
@@ -547,7 +523,7 @@ def test_an_edit_is_marked_on_four_aspects_with_both_pictures_in_their_places():
 
 
 def test_the_aspects_to_average_can_be_chosen():
-    chat = Scripted(lambda c, o: _rational("4", "1"))
+    chat = Scripted(lambda c, o: rational_reply("4", "1"))
     assert make_reward("rational_rewards", chat=chat, aspects=["physical_quality"])(IMAGES, ["a"] * 3).scores[0] == 0
 
 
@@ -637,7 +613,7 @@ def _by_content(conversation, options) -> Reply:
         return Reply("5", (_digit("5", {"5": 0.5 + 0.3 * x, "6": 0.1}),))
     if "three sides" in text:
         return Reply("".join(f"{d} Score (1-5): {mark}\n" for d in ("Alignment", "Coherence", "Style")))
-    return Reply(_rational(str(mark), str(mark)))
+    return Reply(rational_reply(str(mark), str(mark)))
 
 
 @pytest.mark.parametrize("name", CLAIMS)

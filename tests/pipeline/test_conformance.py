@@ -50,7 +50,7 @@ torch.save({name: tiny.picture(name) for name in sys.argv[2:]}, sys.argv[1])
 def test_the_same_seed_gives_the_same_picture_in_another_process(tmp_path):
     names = ["Stable Diffusion 1.5", "Stable Diffusion 3", "Wan (video)"]
     command = [sys.executable, "-c", _SCRIPT, str(tmp_path / "pictures.pt"), *names]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True)
+    subprocess.run(command, check=True, cwd=Path(tiny.__file__).parent, capture_output=True)
     for name, picture in torch.load(tmp_path / "pictures.pt").items():
         assert tiny.distance(tiny.picture(name), picture) == 0, name
 

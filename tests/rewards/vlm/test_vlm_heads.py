@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tiny_heads import make_checkpoint, make_head_state
 from tiny_vlm import make_model, make_processor, make_tokenizer
 
 from visalign.images import images_to_pil
@@ -40,16 +41,6 @@ def _pictures(count: int, seed: int = 0, height: int = SIDE, width: int = SIDE) 
     return torch.randint(0, 256, (count, 3, height, width), generator=generator) / 255
 
 
-def _head(prefix: str, features: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    widths = {0: (1024, features), 3: (16, 1024), 5: (2, 16)}
-    state = {}
-    for place, shape in widths.items():
-        state[f"{prefix}.{place}.weight"] = torch.randn(shape, generator=generator) * (2 / shape[1]) ** 0.5
-        state[f"{prefix}.{place}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
-    return state
-
-
 def _old_layout(state: dict) -> dict:
     """The names from before transformers 4.52."""
     return {
@@ -58,20 +49,10 @@ def _old_layout(state: dict) -> dict:
     }
 
 
-def _checkpoint(folder, family: str, heads: dict[str, torch.Tensor]):
-    """A base without the reward token in `folder`; the model with it, and the state that a release holds."""
-    tokenizer = make_tokenizer()
-    make_processor(family, tokenizer).save_pretrained(folder)
-    make_model(family, tokenizer).config.save_pretrained(folder)
-    tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    model = make_model(family, tokenizer, seed=5)
-    return model, make_processor(family, tokenizer), {**model.state_dict(), **heads}
-
-
 @pytest.fixture(scope="module")
 def hpsv3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hpsv3")
-    model, processor, state = _checkpoint(folder, "qwen2_vl", _head("rm_head", 32, seed=1))
+    model, processor, state = make_checkpoint(folder, "qwen2_vl", make_head_state("rm_head", 32, seed=1))
     save_file({key: value.contiguous() for key, value in _old_layout(state).items()}, folder / "HPSv3.safetensors")
     return folder, model, processor, state
 
@@ -79,8 +60,8 @@ def hpsv3(tmp_path_factory):
 @pytest.fixture(scope="module")
 def editreward(tmp_path_factory):
     folder = tmp_path_factory.mktemp("editreward")
-    heads = {**_head("rm_heads.head_0", 32, seed=2), **_head("rm_heads.head_1", 32, seed=3)}
-    model, processor, state = _checkpoint(folder, "qwen2_5_vl", heads)
+    heads = {**make_head_state("rm_heads.head_0", 32, seed=2), **make_head_state("rm_heads.head_1", 32, seed=3)}
+    model, processor, state = make_checkpoint(folder, "qwen2_5_vl", heads)
     torch.save({"model": _old_layout(state)}, folder / "model.pth")
     return folder, model, processor, state
 
@@ -251,7 +232,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_key(hpsv3, tmp_path, change):
 
 
 def test_a_head_is_its_three_layers_in_float32():
-    state = {key: value.bfloat16() for key, value in _head("rm_head", 8, seed=0).items()}
+    state = {key: value.bfloat16() for key, value in make_head_state("rm_head", 8, seed=0).items()}
     head, x = make_head(state, "rm_head", 8), torch.randn(5, 8)
     w = {key.removeprefix("rm_head."): value.float() for key, value in state.items()}
     expected = F.relu(F.relu(x @ w["0.weight"].T + w["0.bias"]) @ w["3.weight"].T + w["3.bias"])

@@ -32,7 +32,7 @@ from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import place, sample_spec
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import open_clip
 import tiny_hf
 import torch
 from live_server import LiveServer
-from test_cycle import tiny_dpt, tiny_upernet
-from test_vlm_heads import _checkpoint, _head
 from tiny_clip import EMBEDDING, save_tiny_clip
 from tiny_clip_t5 import save_clip_t5
+from tiny_heads import make_checkpoint, make_head_state
+from tiny_maps import tiny_dpt, tiny_upernet
 from tiny_vlm import make_model, make_processor, make_tokenizer, save_tiny_vlm
 from torch import Tensor
 
@@ -194,13 +194,13 @@ def save_aesthetic(folder: Path) -> None:
 
 
 def save_hpsv3(folder: Path) -> None:
-    state = _checkpoint(folder, "qwen2_vl", _head("rm_head", 32, seed=1))[2]
+    state = make_checkpoint(folder, "qwen2_vl", make_head_state("rm_head", 32, seed=1))[2]
     torch.save(state, folder / "weights.pth")
 
 
 def save_editreward(folder: Path) -> None:
-    heads = {**_head("rm_heads.head_0", 32, seed=2), **_head("rm_heads.head_1", 32, seed=3)}
-    torch.save(_checkpoint(folder, "qwen2_5_vl", heads)[2], folder / "weights.pth")
+    heads = {**make_head_state("rm_heads.head_0", 32, seed=2), **make_head_state("rm_heads.head_1", 32, seed=3)}
+    torch.save(make_checkpoint(folder, "qwen2_5_vl", heads)[2], folder / "weights.pth")
 
 
 def save_descore(folder: Path) -> None:

@@ -146,7 +146,7 @@ def test_settings_with_a_password_may_be_open_and_do_not_show_it():
 
 
 def test_the_script_is_the_command():
-    script = Path(__file__).parents[1] / "demos" / "app.py"
+    script = Path(__file__).parents[2] / "demos" / "app.py"
     done = subprocess.run([sys.executable, script, "--host", "0.0.0.0"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("demo: user: got none with --host 0.0.0.0")
 

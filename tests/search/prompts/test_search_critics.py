@@ -5,10 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from chats import Endpoint, Scripted, completion, rational_reply
 from fastapi.responses import JSONResponse
 from live_server import LiveServer
-from test_remote_chat import Endpoint, completion
-from test_written_scores import Scripted, _rational
 
 from visalign.rewards.vlm.chat import Reply
 from visalign.rewards.vlm.parsing import Unreadable
@@ -96,7 +95,7 @@ def test_what_our_words_ask_for_is_what_is_read(task):
     assert all(title in layout for title in (HEADINGS[aspect] for aspect in ASPECTS[task]))
 
 
-@pytest.mark.parametrize("text", ["", "{", "# Refined Request: x", "Score: N/A", _rational("N/A", "?", "none")])
+@pytest.mark.parametrize("text", ["", "{", "# Refined Request: x", "Score: N/A", rational_reply("N/A", "?", "none")])
 def test_words_that_are_no_critique_are_its_problem_after_one_more_try(text):
     chat = Scripted(lambda c, o: text)
     [critique] = VLMCritic(chat=chat)(PICTURES[:1], ["a cat"])
@@ -104,12 +103,12 @@ def test_words_that_are_no_critique_are_its_problem_after_one_more_try(text):
 
 
 def test_each_attempt_asks_with_another_seed_and_all_pictures_together():
-    chat = Scripted(lambda c, o: _rational("3", "2") if o["seed"] else Reply("", error="gone"))
+    chat = Scripted(lambda c, o: rational_reply("3", "2") if o["seed"] else Reply("", error="gone"))
     critic = VLMCritic(chat=chat, seed=0)
     assert [c.problem for c in critic(PICTURES, ["a", "b"])] == ["no answer: gone"] * 2
     critiques = critic(PICTURES, ["a", "b"], attempt=3)
     assert [c.score for c in critiques] == pytest.approx([0.5, 0.5]) and critiques[0].refined == "a bright cat"
-    assert critiques[0].tokens == count_tokens(chat, _rational("3", "2"))
+    assert critiques[0].tokens == count_tokens(chat, rational_reply("3", "2"))
     assert [count_tokens(chat, "x" * n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]  # where the tokenizer is not here
     assert [o["seed"] for _, o in chat.asked] == [0, 0, 3, 3] and critic.judge.seed == 0
     system, user = chat.asked[-1][0]
@@ -126,7 +125,7 @@ def test_an_edit_is_criticised_beside_its_source():
 
 def test_a_served_critic_is_asked_again_while_it_is_busy_and_its_failure_is_a_problem():
     endpoint = Endpoint()
-    endpoint.answer = lambda body, n: JSONResponse({}, 503) if n == 0 else completion(_rational("2", "4"))
+    endpoint.answer = lambda body, n: JSONResponse({}, 503) if n == 0 else completion(rational_reply("2", "4"))
     with LiveServer(endpoint.app) as server:
         options = {"url": server.url, "chat_options": {"backoff": 0.01, "retries": 1}}
         critic = make_critic("vlm", model="judge", **options)
@@ -249,6 +248,6 @@ def test_the_published_words_are_the_users_files(tmp_path, monkeypatch):
         VLMCritic(chat=Scripted(str), templates="published")
     (tmp_path / "rational_rewards_t2i_system.txt").write_text("Mark.")
     (tmp_path / "rational_rewards_t2i.txt").write_text("Wanted: {prompt} <image>")
-    chat = Scripted(lambda c, o: _rational("4", "4"))
+    chat = Scripted(lambda c, o: rational_reply("4", "4"))
     assert VLMCritic(chat=chat, templates="published")(PICTURES[:1], ["a cat"])[0].score == 1
     assert chat.asked[0][0][1].parts[0] == "Wanted: a cat "

@@ -72,7 +72,7 @@ def test_the_weights_are_small_and_shipped():
     assert {file.stem for file in files} == {"flow", "classifier", "judge"}
     assert sum(file.stat().st_size for file in files) <= 2 * 2**20
     assert {weight.dtype for file in files for weight in load_file(file).values()} == {torch.float16}
-    tools = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tools = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "visalign.worlds.digits" in tools["packages"]
     assert tools["package-data"]["visalign.worlds.digits"] == ["weights/*"]
 

@@ -5,12 +5,11 @@ import statistics
 
 import pytest
 import torch
+from chats import Endpoint, Scripted, completion
 from fastapi.responses import JSONResponse
 from live_server import LiveServer
 from search_toys import half, toy_chain, vp_schedule
-from test_remote_chat import Endpoint, completion
 from test_search_refine import Obedient, obedient
-from test_written_scores import Scripted
 from tiny_vlm import TEMPLATE, make_tokenizer
 
 from visalign.rewards.vlm.chat import Message, Reply

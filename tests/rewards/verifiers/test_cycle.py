@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import convolve
+from tiny_maps import tiny_dpt, tiny_upernet
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
 from visalign.rewards.verifiers.cycle import (
@@ -127,44 +128,6 @@ def test_edge_cycle_is_zero_for_the_picture_itself_and_below_for_others():
         score(reward, IMAGES[n : n + 1], ["a"], {"references": other["references"][n : n + 1]}).total for n in range(3)
     ]
     torch.testing.assert_close(torch.cat(singles), got)
-
-
-def tiny_upernet(folder):
-    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
-
-    torch.manual_seed(0)
-    backbone = ConvNextConfig(
-        hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage1", "stage2", "stage3", "stage4"]
-    )
-    config = UperNetConfig(
-        backbone_config=backbone, hidden_size=8, num_labels=5, use_auxiliary_head=False, pool_scales=[1, 2]
-    )
-    network = UperNetForSemanticSegmentation(config).eval()
-    network.save_pretrained(folder)
-    return network
-
-
-def tiny_dpt(folder):
-    from transformers import DPTConfig, DPTForDepthEstimation
-
-    torch.manual_seed(0)
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        reassemble_factors=[4, 2, 1, 0.5],
-        is_hybrid=False,
-        use_auxiliary_head=False,
-    )
-    network = DPTForDepthEstimation(config).eval()
-    network.save_pretrained(folder)
-    return network
 
 
 def test_segmentation_cycle_runs_an_upernet_from_its_published_layout(tmp_path):
