@@ -13,10 +13,13 @@ test: .venv/ready
 browser:
 	@command -v chromium >/dev/null || { timeout 120 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || echo "chromium: could not be installed; the tests in a browser will be skipped"
 
+# Types are checked in the layout of an installed wheel, or visalign.rewards would be unknown to all who import it.
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types/visalign
+	ln -s $(CURDIR)/visalign/* $(CURDIR)/rewards $(CURDIR)/trainers $(CURDIR)/demos build/types/visalign/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package visalign
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -4,12 +4,13 @@ from .base import (
     FunctionReward,
     Reward,
     RewardError,
+    RewardOutput,
     announce_reward,
     as_reward,
     register_reward,
     reward_names,
 )
-from .output import RewardOutput, fill_invalid
+from .failures import fill_invalid
 from .scoring import CombinedReward, Member, ScoreResult, score
 from .spec import RewardSpec, Term, make_reward, parse_spec
 

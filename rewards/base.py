@@ -4,7 +4,8 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,9 +13,6 @@ from torch import Tensor
 from visalign.names import unknown_name
 
 from .entry_points import entry_point_names, load_entry_point
-
-if TYPE_CHECKING:
-    from .output import RewardOutput
 
 KINDS = ("pointwise", "groupwise", "setwise")
 Context = Mapping[str, Any]  # further inputs of a reward by name; see CONTEXT
@@ -27,6 +25,27 @@ CONTEXT = {  # names that mean the same to all rewards; a reward may need others
 _F = TypeVar("_F", bound=Callable)
 _REWARDS: dict[str, Callable] = {}
 _MODULES: dict[str, str] = {}  # names that register themselves when their module is imported
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of N samples. A reward may return this, or just its scores.
+
+    A sample that could not be scored (an unreadable answer, a server that gave up on it) has `valid` False; its score
+    is not looked at. Only a NaN where `valid` is True is an error.
+    """
+
+    scores: Tensor  # (N,), raw, higher is better
+    criteria: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) each; NaN where one does not apply
+    rationale: Sequence[str | None] | None = None  # N reasons in words
+    valid: Tensor | None = None  # (N,) bool; None: all
+    uncertainty: Tensor | None = None  # (N,), >= 0, in the scores' unit unless the reward says otherwise
+    extra: Mapping[str, Any] = field(default_factory=dict)  # whatever else, e.g. lists of N
+
+    @property
+    def is_valid(self) -> Tensor:
+        """(N,) bool, on the CPU."""
+        return torch.ones(len(self.scores), dtype=torch.bool) if self.valid is None else self.valid.cpu()
 
 
 @runtime_checkable
@@ -63,7 +82,7 @@ class Reward(Protocol):
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], context: Context | None = None
-    ) -> "Tensor | RewardOutput": ...
+    ) -> Tensor | RewardOutput: ...
 
 
 class RewardError(ValueError):
@@ -146,9 +165,7 @@ class FunctionReward:
         if self.kind not in KINDS:
             raise ValueError(f"kind of reward {name!r}: got {self.kind!r}, expected one of {KINDS}")
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], context: Context | None = None
-    ) -> "Tensor | RewardOutput":
+    def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor | RewardOutput:
         given = {"prompts": prompts, "context": context}
         return self._function(images, **{argument: given[argument] for argument in self._takes})
 
@@ -201,3 +218,25 @@ def as_scores(scores: Any, name: str, prompts: Sequence[str]) -> Tensor:
     if scores.is_complex():
         raise RewardError(name, f"got scores of {scores.dtype}, expected real numbers", prompt=prompts[0])
     return scores.float()
+
+
+def as_output(result: Any, name: str, prompts: Sequence[str]) -> RewardOutput:
+    """What a reward returned, checked: (N,) float32 scores and as many of everything that comes with them.
+
+    Raises:
+        RewardError: wrong lengths or types. Values are not looked at.
+    """
+    if not isinstance(result, RewardOutput):
+        return RewardOutput(as_scores(result, name, prompts))
+    n = len(prompts)
+    criteria = {key: as_scores(value, f"{name}.{key}", prompts) for key, value in result.criteria.items()}
+    doubt = None if result.uncertainty is None else as_scores(result.uncertainty, f"{name}.uncertainty", prompts)
+    valid = result.valid
+    if valid is not None:
+        valid = torch.as_tensor(valid)
+        if valid.dtype != torch.bool or valid.shape != (n,):
+            raise RewardError(name, f"got valid {valid.dtype} {tuple(valid.shape)}, expected bool ({n},)")
+    if result.rationale is not None and len(result.rationale) != n:
+        raise RewardError(name, f"got {len(result.rationale)} rationales for {n} images, expected {n}")
+    scores = as_scores(result.scores, name, prompts)
+    return RewardOutput(scores, criteria, result.rationale, valid, doubt, result.extra)

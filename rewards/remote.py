@@ -13,8 +13,7 @@ from torch import Tensor
 
 from visalign.images import check_images, check_videos, is_video
 
-from .base import CONTEXT, KINDS, Context, RewardError, check_prompts, register_reward
-from .output import RewardOutput
+from .base import CONTEXT, KINDS, Context, RewardError, RewardOutput, check_prompts, register_reward
 from .urls import checked_url, is_loopback
 
 PIXELS = ("float32", "uint8")

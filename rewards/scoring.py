@@ -10,10 +10,10 @@ from torch import Tensor
 
 from visalign.images import check_images, check_pixels, check_references, check_videos, is_video
 
-from .base import KINDS, Context, Reward, RewardError, as_reward, check_prompts
+from .base import KINDS, Context, Reward, RewardError, RewardOutput, as_output, as_reward, check_prompts
 from .combine import Combine, check_members
+from .failures import fill_invalid
 from .groups.pairwise import take_context
-from .output import RewardOutput, as_output, fill_invalid
 from .shaping import Transform
 
 ADVICE = "fix the reward or leave this sample's prompt out; nothing was updated with these scores"

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.rewards.base import Context
-from visalign.rewards.output import as_output
+from visalign.rewards.base import Context, as_output
 
 from .probes import make_probes
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from visalign.images import check_images
 from visalign.names import unknown_name
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 
 from .frozen import FrozenModel, check_checkpoint, check_dtype, is_path, load_model, load_pretrained
 from .preprocessing import CLIP, load_preprocessing

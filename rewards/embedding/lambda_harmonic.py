@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 
 from .frozen import ReferenceEmbeddings, mean_cosines, read_references
 from .hf_clip import check_encoder, load_encoder

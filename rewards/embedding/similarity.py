@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_images, check_videos, is_video
-from visalign.rewards.base import Context, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, register_reward
 
 from .frozen import (
     FrozenModel,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, RewardError, register_reward
+from visalign.rewards.base import Context, RewardError, RewardOutput, register_reward
 from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_options
-from visalign.rewards.output import RewardOutput
 
 from .sets import frechet_distance, leave_one_out, moments, vendi_score
 

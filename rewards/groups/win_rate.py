@@ -10,8 +10,17 @@ from torch import Tensor
 
 from visalign.images import check_images, check_videos, is_video
 from visalign.names import unknown_name
-from visalign.rewards.base import Context, Reward, RewardError, as_reward, as_scores, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput, as_output
+from visalign.rewards.base import (
+    Context,
+    Reward,
+    RewardError,
+    RewardOutput,
+    as_output,
+    as_reward,
+    as_scores,
+    check_prompts,
+    register_reward,
+)
 from visalign.rewards.spec import import_location, make_reward, parse_spec
 
 from .pairwise import (

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_videos, images_to_pil
-from visalign.rewards.base import Context, RewardError, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message
 from visalign.rewards.vlm.heads import read_weights
 from visalign.rewards.vlm.judging import ask, check_count, check_temperature, column, fill, load_template

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Message
 from visalign.rewards.vlm.heads import (
     PIXELS,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images, check_videos, is_video
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message, Reply
 from visalign.rewards.vlm.judging import ask, check_count, column, fill, load_template, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, digit_probabilities

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, RewardError, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Message
 from visalign.rewards.vlm.judging import load_template
 from visalign.rewards.vlm.yes_token import Answers, YesNo, check_judge_options

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message
 from visalign.rewards.vlm.yes_token import TOP_LOGPROBS, Answers, YesNo, check_judge_options, read_reply
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, RewardError, check_prompts, register_reward
+from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.embedding.encoder import MAX_ASPECT, ClipEncoder, check_clip_options, preprocess
-from visalign.rewards.output import RewardOutput
 from visalign.rewards.plugins import load_callable
 
 from .detector import Detection, TransformersDetector

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from visalign.images import check_images, images_to_pil
 from visalign.names import unknown_name
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.plugins import load_callable
 
 Engine = Callable[[Image.Image], str | Sequence[str]]  # an RGB picture to its text, or its lines in reading order

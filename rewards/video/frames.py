@@ -8,8 +8,7 @@ from torch import Tensor
 
 from visalign.images import check_videos
 from visalign.names import unknown_name
-from visalign.rewards.base import Context, Reward, as_reward, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput, as_output
+from visalign.rewards.base import Context, Reward, RewardOutput, as_output, as_reward, check_prompts, register_reward
 
 from .measures import segment_frames, segment_weights
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_videos
-from visalign.rewards.base import Context, register_reward
+from visalign.rewards.base import Context, RewardOutput, register_reward
 from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_options
-from visalign.rewards.output import RewardOutput
 
 VBENCH = "arXiv:2311.17982"
 

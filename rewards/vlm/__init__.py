@@ -1,4 +1,4 @@
 """Asking a vision-language model, here or by HTTP: chats, requests, caches, shared prefixes, yes-tokens, value heads.
 
-From outside: `chat` (Message, make_chat), `yes_token.YesNo`, `judging`, `parsing`.
+From outside: `chat.Message`, `yes_token.YesNo`, `judging` (make_chat, templates), `parsing`.
 """

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -50,14 +50,3 @@ class Chat(Protocol):
         seed: int | None = None,
         top_logprobs: int = 0,
     ) -> list[Reply]: ...
-
-
-def make_chat(model: str, url: str | None = None, **options: Any) -> Chat:
-    """A chat with `model`: at an OpenAI-compatible endpoint where `url` is given, else run here by transformers."""
-    if url is not None:
-        from .remote_chat import RemoteChat
-
-        return RemoteChat(model, url, **options)
-    from .local_chat import LocalChat
-
-    return LocalChat(model, **options)

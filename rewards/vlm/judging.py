@@ -13,7 +13,7 @@ from torch import Tensor
 from visalign.names import unknown_name
 from visalign.rewards.base import Context, RewardError
 
-from .chat import Chat, Message, Part, Reply, make_chat
+from .chat import Chat, Message, Part, Reply
 from .parsing import Unreadable
 
 RETRY_TEMPERATURE = 0.7  # of asking again, where the first question was put at temperature 0 and would only repeat
@@ -216,3 +216,14 @@ def source_images(context: Context | None, count: int, name: str) -> list[Tensor
 def column(values: Sequence[float | None]) -> Tensor:
     """Numbers as float32 (N,), NaN where there is none."""
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+
+
+def make_chat(model: str, url: str | None = None, **options: Any) -> Chat:
+    """A chat with `model`: at an OpenAI-compatible endpoint where `url` is given, else run here by transformers."""
+    if url is not None:
+        from .remote_chat import RemoteChat
+
+        return RemoteChat(model, url, **options)
+    from .local_chat import LocalChat
+
+    return LocalChat(model, **options)

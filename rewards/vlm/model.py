@@ -15,6 +15,7 @@ from .chat import Message
 from .loading import check_vlm_options, load_vlm
 from .prompt import Picture, Prompt, Vision, picture_key
 from .qwen_vision import QWEN, VIDEO, QwenVision
+from .shared_prefix import shared_hidden
 
 
 class VLM:
@@ -177,8 +178,6 @@ class VLM:
         A prompt of fewer tokens is padded on the left; what stands there means nothing.
         """
         if self.differentiable:
-            from .shared_prefix import shared_hidden
-
             return shared_hidden(self, prompts, keep)
         return torch.cat(
             [self._whole(prompts[k : k + self.batch_size], keep) for k in _steps(prompts, self.batch_size)]

@@ -8,16 +8,32 @@ token keeps the position it has in its whole prompt, so the result is that of wh
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .prompt import Prompt, Vision, left_pad
+from .prompt import Picture, Prompt, Vision, left_pad
 
-if TYPE_CHECKING:
-    from .model import VLM
+
+class SeeingModel(Protocol):
+    """What is needed of a `VLM`."""
+
+    base: Any  # the transformers model without its head
+    vision: Any  # which tokens are visual; see QwenVision
+    batch_size: int
+    share_prefix: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    def see(self, pictures: Sequence[Picture]) -> dict[str, Vision]:
+        """Features by picture key."""
+        ...
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        """Position ids, (axes, tokens)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ def common_length(prompts: Sequence[Prompt], keep: int) -> int:
     return bisect_left(range(1, most + 1), True, key=lambda t: any(p.marks[:t] != first[:t] for p in prompts))
 
 
-def shared_hidden(vlm: "VLM", prompts: Sequence[Prompt], keep: int = 1) -> Tensor:
+def shared_hidden(vlm: SeeingModel, prompts: Sequence[Prompt], keep: int = 1) -> Tensor:
     """Hidden states (N, keep, D) of the last `keep` tokens of each prompt; see `VLM.hidden`."""
     vision = vlm.see([picture for prompt in prompts for picture in prompt.pictures])
     runner = _Runner(vlm, prompts, vision)
@@ -97,7 +113,7 @@ def _worth_it(shared: int, prompts: Sequence[Prompt], trunk: int = 0) -> bool:
 class _Runner:
     """Runs pieces of prompts through the language model."""
 
-    def __init__(self, vlm: "VLM", prompts: Sequence[Prompt], vision: dict[str, Vision]) -> None:
+    def __init__(self, vlm: SeeingModel, prompts: Sequence[Prompt], vision: dict[str, Vision]) -> None:
         self.vlm, self.prompts, self.vision = vlm, prompts, vision
         assert vlm.vision is not None
         self.sight = vlm.vision

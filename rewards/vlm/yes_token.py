@@ -24,7 +24,8 @@ from torch import Tensor
 
 from visalign.names import unknown_name
 
-from .chat import Message, Reply, make_chat
+from .chat import Message, Reply
+from .judging import make_chat
 
 if TYPE_CHECKING:
     from .model import VLM

@@ -15,9 +15,8 @@ import yaml
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, check_prompts, register_reward
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.groups.candidates import group_places, picture_digest, shown_order
-from visalign.rewards.output import RewardOutput
 from visalign.rewards.vlm.chat import Chat, Message, Part, Reply
 from visalign.rewards.vlm.judging import ask, check_count, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, as_numbers, read_json

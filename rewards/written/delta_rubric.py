@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images
-from visalign.rewards.base import Context, check_prompts, register_reward
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.groups.candidates import group_places, picture_digest, shown_pairs
 from visalign.rewards.groups.pairwise import win_rates
-from visalign.rewards.output import RewardOutput
 from visalign.rewards.probability.rubric import ChatYesNo, YesNoJudge, ask_all
 from visalign.rewards.vlm.chat import Chat, Reply
 from visalign.rewards.vlm.judging import ask, open_chat

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from visalign.advantages.group import group_advantages
 from visalign.images import check_images
-from visalign.rewards.base import Context, check_prompts, register_reward
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
+from visalign.rewards.failures import fill_invalid
 from visalign.rewards.groups.candidates import group_places, picture_digest, shown_pairs
 from visalign.rewards.groups.pairwise import win_rates
-from visalign.rewards.output import RewardOutput, fill_invalid
 from visalign.rewards.vlm.chat import Chat, Message, Reply
 from visalign.rewards.vlm.judging import ask, fill, load_template, open_chat
 from visalign.rewards.vlm.parsing import read_json

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from visalign.images import check_images
 from visalign.names import unknown_name
-from visalign.rewards.base import Context, RewardError, check_prompts, register_reward
+from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.groups.pairwise import all_pairs, win_rates
-from visalign.rewards.output import RewardOutput
 from visalign.rewards.vlm.chat import Chat, Message
 from visalign.rewards.vlm.judging import Answer, check_count, check_temperature, column, fill, load_template, open_chat
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from visalign.images import check_videos
 from visalign.names import unknown_name
-from visalign.rewards.base import Context, check_prompts, register_reward
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message, Reply
 from visalign.rewards.vlm.judging import ask, check_count, check_temperature, column, fill, load_template, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, digit_probabilities, labelled_number, token_after_label

@@ -8,6 +8,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
+from visalign.pipeline.conformance import check
 from visalign.pipeline.generator import Generator
 
 
@@ -57,6 +58,6 @@ def test_the_same_seed_gives_the_same_picture_in_another_process(tmp_path):
 
 def test_check_reports_the_same_differences_for_a_doctor():
     generator = Generator(tiny.make("Stable Diffusion 3"), num_steps=2, **tiny.FAMILIES["Stable Diffusion 3"].options)
-    differences = generator.check(tiny.PROMPTS)
+    differences = check(generator, tiny.PROMPTS)
     assert set(differences) == {"noise", "prediction", "trajectory", "decode", "image", "batch"}
     assert max(differences.values()) <= 1e-5

@@ -14,8 +14,8 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from visalign.pipeline.calibration import recorded
 from visalign.pipeline.calls import to_images
+from visalign.pipeline.conformance import recorded
 from visalign.pipeline.generator import Generator, to_supported_scheduler
 from visalign.transitions import ode_of
 

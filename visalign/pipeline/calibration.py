@@ -1,24 +1,18 @@
-"""Measuring a pipeline against itself: what its loop looks like, and whether driving it changes anything."""
+"""What a pipeline's loop looks like, learned from one run of it, and refused where driving it would change it."""
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from visalign.transitions import ode_of
 
-from .calls import to_images
 from .driver import PipelineDriver
 from .loop import LoopRun
 from .stepping import UnsupportedPipeline
-
-if TYPE_CHECKING:
-    from .generator import Generator
-
 
 Call = tuple[list[str], list[int], dict[str, Any]]  # prompts, seeds, inputs
 
@@ -105,7 +99,7 @@ def _has_own_step(scheduler: Any, num_steps: int) -> bool:
 
 
 def _refuse(name: str, what: str, stock: Tensor, ours: Tensor, dtype: torch.dtype) -> None:
-    difference, scale = _distance(stock, ours), stock.abs().max().item()
+    difference, scale = distance(stock, ours), stock.abs().max().item()
     tolerance = (1e-4 if dtype == torch.float32 else 2e-2) * max(scale, 1e-6)
     if not difference <= tolerance:
         raise UnsupportedPipeline(
@@ -143,65 +137,6 @@ def _takes_latents(driver: PipelineDriver, learned: Learned, noise: Tensor, dtyp
     return bool(seen) and seen[0].shape == given.shape and torch.equal(seen[0], given)
 
 
-@contextlib.contextmanager
-def recorded(scheduler: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """What the scheduler's own `step` gets and gives meanwhile: (latents, prediction, next latents) of each step."""
-    record: list[tuple[Tensor, Tensor, Tensor]] = []
-    step = scheduler.step
-
-    @functools.wraps(step)  # pipelines look at its signature
-    def recording(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = step(model_output, timestep, sample, *args, **kwargs)
-        if model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output.chunk(2, dim=1)[0]
-        following = out[0] if isinstance(out, tuple) else out.prev_sample
-        record.append((sample.clone(), model_output.clone(), following.clone()))
-        return out
-
-    scheduler.step = recording
-    try:
-        yield record
-    finally:
-        scheduler.step = step
-
-
-@torch.no_grad()
-def check(
-    generator: "Generator", prompts: Sequence[str], seeds: Sequence[int], inputs: dict[str, Any]
-) -> dict[str, float]:
-    """Largest absolute differences between a Generator and stock calls of the same pipeline, all steps.
-
-    Returns:
-        noise: first latents. prediction: `predict` at every stock state. trajectory: final latents of the ODE in one
-        call (absent for consistency models, whose stock steps draw noise). decode: images of the stock final latents.
-        image: of the driven run. batch: final latents of the first sample alone (absent for one prompt, or inputs).
-    """
-    first = generator._learn(prompts, seeds, inputs).first
-    with recorded(generator.pipeline.scheduler) as record:
-        images = to_images(generator.pipeline(**generator.arguments(prompts, seeds, **inputs)))
-    differences = {"noise": _distance(generator.noise(prompts, seeds, **inputs), record[0][0])}
-    differences["prediction"] = max(
-        _distance(generator.predict(latents.float(), first + i, prompts, seeds, **inputs), prediction)
-        for i, (latents, prediction, _) in enumerate(record)
-    )
-    transition, schedule = ode_of(generator.schedule), generator.schedule
-
-    def ode(step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
-        if schedule.kind == "consistency":
-            return record[step_index - first][2].float()
-        return transition(schedule, step_index, latents, prediction)[0].mean
-
-    final, driven = generator.denoise(prompts, seeds, ode, decode=True, **inputs)
-    if schedule.kind != "consistency":
-        differences["trajectory"] = _distance(final, record[-1][2])
-    stock_final = record[-1][2].float()
-    differences["decode"] = _distance(generator.decode(stock_final, prompts, seeds, **inputs), images)
-    differences["image"] = _distance(driven, images)
-    if len(prompts) > 1 and not inputs and schedule.kind != "consistency":
-        alone = generator.denoise(prompts[:1], seeds[:1], ode)
-        differences["batch"] = _distance(alone, final[:1])
-    return differences
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; infinite where shapes differ."""
     return (a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")

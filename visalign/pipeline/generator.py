@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visalign.transitions import Schedule
 
-from .calibration import Learned, check, learn
+from .calibration import Learned, learn
 from .calls import (
     absent_components,
     call_parameters,
@@ -262,10 +262,9 @@ class Generator:
         end = self._learn(prompts, seeds, inputs).last + 1
         return self.denoise(prompts, seeds, _never, latents=latents, start=end, decode=True, **inputs)[1]
 
-    def check(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **inputs: Any) -> dict[str, float]:
-        """Largest absolute differences to stock runs of the pipeline, see `calibration.check`."""
-        seeds = _or_zeros(seeds, prompts)
-        return check(self, prompts, seeds, inputs)
+    def first_step(self, prompts: Sequence[str], seeds: Sequence[int], **inputs: Any) -> int:
+        """The loop's first step with inputs of these names: 0, or more for image-to-image."""
+        return self._learn(prompts, seeds, inputs).first
 
     # Prompts, and the end --------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visalign.rewards import Reward, RewardError, as_reward, score
-from visalign.rewards.output import as_output
+from visalign.rewards.base import as_output
 from visalign.sampling.backprop import checkpointed
 from visalign.sampling.seeds import derived_seed, step_noise, text_key
 from visalign.transitions import Gaussian, Transition

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import pil_to_images
-from visalign.rewards.output import RewardOutput
+from visalign.rewards.base import RewardOutput
 
 DTYPES = ("float16", "float32", "float64", "uint8", "int32", "int64", "bool")
 MAX_SIDE = 16384  # of a compressed picture, which may be far larger than the file it comes in

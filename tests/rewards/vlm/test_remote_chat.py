@@ -19,7 +19,8 @@ from PIL import Image
 from visalign.images import images_to_numpy
 from visalign.rewards.urls import checked_url, is_loopback
 from visalign.rewards.vlm.cache import DiskCache
-from visalign.rewards.vlm.chat import Message, Reply, Token, make_chat
+from visalign.rewards.vlm.chat import Message, Reply, Token
+from visalign.rewards.vlm.judging import make_chat
 from visalign.rewards.vlm.remote_chat import RemoteChat
 
 PICTURE = torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(0))

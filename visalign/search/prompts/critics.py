@@ -155,7 +155,7 @@ class VLMCritic:
 
     Args:
         task: "t2i", or "edit", whose source pictures come in context["references"].
-        model, url, chat_options: of `visalign.rewards.vlm.chat.make_chat`, so a `url` is that of an OpenAI-compatible
+        model, url, chat_options: of `rewards.vlm.judging.make_chat`, so a `url` is that of an OpenAI-compatible
             endpoint, which is tried again as `RemoteChat` says; model None: RationalRewards' checkpoint.
             `chat`: one already made.
         templates: as RationalRewardsReward's, "system" and "question"; None: OUR_TEMPLATES; "published": the files
@@ -181,7 +181,7 @@ class VLMCritic:
     ) -> None:
         if isinstance(templates, str) and templates != "published":
             raise ValueError(f"templates: got {templates!r}, expected None, 'published', or a mapping")
-        words = OUR_TEMPLATES.get(task) if templates is None else None if templates == "published" else templates
+        words = OUR_TEMPLATES.get(task) if templates is None else None if isinstance(templates, str) else templates
         options: dict[str, Any] = dict(temperature=temperature, max_tokens=max_tokens, seed=seed, retries=retries)
         self.judge = RationalRewardsReward(task, model, url, chat, chat_options, words, **options)
 

@@ -16,8 +16,7 @@ from visalign.objectives.reward_gradient import (
     worst_case,
 )
 from visalign.rewards import CombinedReward, Reward, RewardError, make_reward, parse_spec
-from visalign.rewards.base import reward_factory
-from visalign.rewards.output import as_output
+from visalign.rewards.base import as_output, reward_factory
 from visalign.sampling.seeds import derived_seed
 
 OTHERS = ("ddpo", "flow_grpo", "tree_grpo", "vgpo")  # trainers for rewards without gradient
