@@ -11,7 +11,7 @@ from .base import (
     reward_names,
 )
 from .failures import fill_invalid
-from .scoring import CombinedReward, Member, ScoreResult, score
+from .scoring import CombinedReward, Member, Scores, score
 from .spec import RewardSpec, Term, make_reward, parse_spec
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "RewardError",
     "RewardOutput",
     "RewardSpec",
-    "ScoreResult",
+    "Scores",
     "Term",
     "as_reward",
     "fill_invalid",

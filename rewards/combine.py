@@ -46,7 +46,7 @@ class Combine:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def gives(self) -> str:
+    def output_kind(self) -> str:
         """ "scores", or "advantages" of samples within their groups."""
         return "advantages" if self.name in ADVANTAGES else "scores"
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class CombinedReward:
     """Several rewards as one: by default sum_k weight_k * score_k; `score` reports each member's raw scores as well.
 
     Other ways to combine them are `Combine`'s. Some look at whole groups or all samples of an iteration: a trainer that
-    scores in batches or on several processes then gathers `ScoreResult.shaped` from all and calls `combine` once.
+    scores in batches or on several processes then gathers `Scores.shaped` from all and calls `combine` once.
 
     Args:
         members: all labels different.
@@ -62,9 +62,9 @@ class CombinedReward:
         weighted = [m for m in members if m.weight]
         # What the least local of them needs.
         self.kind = max((self.combiner.kind, *(m.reward.kind for m in members)), key=KINDS.index)
-        self.gives = self.combiner.gives  # "scores" or "advantages"
+        self.output_kind = self.combiner.output_kind  # "scores" or "advantages"
         self.differentiable = (
-            bool(weighted) and all(m.reward.differentiable for m in weighted) and self.gives == "scores"
+            bool(weighted) and all(m.reward.differentiable for m in weighted) and self.output_kind == "scores"
         )
         self.needs = tuple(dict.fromkeys(need for m in members for need in m.reward.needs))
         self.range: tuple[float, float] = self.combiner.bounds(
@@ -83,10 +83,10 @@ class CombinedReward:
         return self.combine(torch.stack(rows), ids) if rows else torch.zeros(len(images), device=images.device)
 
     def combine(self, scores: Tensor, group_ids: Tensor | None = None) -> Tensor:
-        """Scores of the members in `used`, (K, N), to one reward or, where `gives` says so, advantage a sample, (N,).
+        """Scores of the members in `used`, (K, N), to (N,): rewards or, where `output_kind` says so, advantages.
 
         Args:
-            scores: as `ScoreResult.shaped` holds them: filled in and transformed; of as many samples as `kind` needs.
+            scores: as `Scores.shaped` holds them: filled in and transformed; of as many samples as `kind` needs.
             group_ids: (N,) int64; None: all are one group.
 
         Raises:
@@ -110,13 +110,27 @@ def _shaped_range(member: Member) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class ScoreResult:
-    """Scores of N samples, float32 on the CPU, all finite: those of failed samples are filled in."""
+class Scores:
+    """Scores of N samples, on the CPU, all finite: those of failed samples are filled in.
+
+    The one record from the reward to the advantages: `score` makes it of a batch, float32; trainers `split` and join
+    it, and gather it from all processes (`training.loop.batches.GatheredScores`).
+    """
 
     total: Tensor  # (N,), the reward; of a combination that needs all samples, as if these were all
-    parts: dict[str, Tensor]  # scores (N,) of each member by label; of a single reward, its own under its name
-    outputs: dict[str, RewardOutput]  # what each member said in full, on the CPU; NaN where it failed
+    parts: dict[str, Tensor]  # raw scores (N,) of each member by label; of a single reward, its own under its name
     shaped: Tensor  # (K, N): what `CombinedReward.combine` takes; of a single reward its scores, (1, N)
+    valid: Tensor  # (N,) bool: no member that counts failed on the sample
+    outputs: dict[str, RewardOutput] = field(default_factory=dict)  # of each member in full (criteria, reasons, doubts)
+
+    def split(self, sizes: Sequence[int]) -> "list[Scores]":
+        """Cut into batches of these sizes, without `outputs`."""
+        parts = {label: values.split(sizes) for label, values in self.parts.items()}
+        pieces = zip(self.total.split(sizes), self.shaped.split(sizes, 1), self.valid.split(sizes))
+        return [
+            Scores(total, {label: values[n] for label, values in parts.items()}, shaped, valid)
+            for n, (total, shaped, valid) in enumerate(pieces)
+        ]
 
     @property
     def failed(self) -> dict[str, int]:
@@ -131,7 +145,7 @@ def score(
     prompts: Sequence[str],
     context: Context | None = None,
     on_fail: str = "group_mean",
-) -> ScoreResult:
+) -> Scores:
     """Score images without gradient, checking what goes in and what comes out.
 
     Args:
@@ -158,7 +172,7 @@ def score(
     outputs = {m.label: _checked_output(m.reward, m.label, images, prompts, context) for m in members}
     parts = {m.label: _filled(m, outputs[m.label], context, on_fail) for m in members}
     if combined is None:
-        return ScoreResult(parts[single.name], parts, outputs, parts[single.name][None])
+        return Scores(parts[single.name], parts, parts[single.name][None], outputs[single.name].is_valid, outputs)
     ids, everyone = (context or {}).get("group_ids"), torch.ones(len(images), dtype=torch.bool)
     shaped = torch.zeros(len(combined.used), len(images))
     for k, m in enumerate(combined.used):
@@ -166,7 +180,10 @@ def score(
         _check_finite(shaped[k], everyone, m.label, prompts)
     total = combined.combine(shaped, ids) if combined.used else torch.zeros(len(images))
     _check_finite(total, everyone, combined.name, prompts)
-    return ScoreResult(total, parts, outputs, shaped)
+    valid = everyone.clone()
+    for m in combined.used:  # a member that is only reported may fail
+        valid &= outputs[m.label].is_valid
+    return Scores(total, parts, shaped, valid, outputs)
 
 
 def _filled(member: Member, output: RewardOutput, context: Context | None, on_fail: str) -> Tensor:

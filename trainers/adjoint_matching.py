@@ -5,11 +5,12 @@
 
 Domingo-Enrich et al. 2024, arXiv:2409.08861. Images are sampled with the memoryless noise (flows) or DDIM at eta 1
 (diffusions); the reward's gradient at the end is carried back to every step through the *base* model, one
-vector-Jacobian product a step; then some steps are trained to move the mean by -std^2 times it. Diversity stays,
+vector-Jacobian product a step; then samples steps are trained to move the mean by -std^2 times it. Diversity stays,
 for the optimum is a tilted base and not its mode. Departures: the last step of a flow is the ODE's and is not trained;
 which steps are trained is as quoted of the paper; outliers are clamped, not dropped.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,14 +24,12 @@ from visalign.sampling.rollout import Trajectory, rollout
 from visalign.sampling.seeds import derived_seed, step_noise
 from visalign.training.before import options, preflight
 from visalign.training.loop.batches import Samples, cut
-from visalign.training.loop.course import Course, open_course
 from visalign.training.loop.learning import Updates, add_gradients
+from visalign.training.loop.trainer import Trainer, launch, train
+from visalign.training.loop.training_loop import Iteration, TrainingLoop
 from visalign.training.reward_gradient.gradients import OTHERS, GradedReward, check_built, check_differentiable
-from visalign.training.reward_gradient.parts import Learnt
-from visalign.training.run import outcome
+from visalign.training.reward_gradient.parts import UpdateLog
 from visalign.transitions import DDIM, MemorylessFlow, Transition
-
-KINDS = ("flow", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -64,55 +63,73 @@ class Config(options.CommonConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
 
 
-class AdjointMatching:
-    """One process's part in the training: trajectories, their adjoints, the update. The loop itself is `main`."""
+class AdjointMatching(Trainer):
+    """Trajectories, their adjoints, the update."""
 
-    def __init__(self, course: Course):
-        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        self.generator, self.schedule = self.parts.generator, self.parts.generator.schedule
-        preflight.check_kind(self.cfg.model, self.schedule.kind, KINDS)
+    name, config, kinds = "adjoint_matching", Config, ("flow", "diffusion")
+
+    @classmethod
+    def plan(cls, cfg: Config) -> preflight.Plan:
+        check_differentiable(cfg.reward, OTHERS)
+        return super().plan(cfg)
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        super().__init__(loop)
         self.transition: Transition = MemorylessFlow() if self.schedule.kind == "flow" else DDIM(eta=1.0)
         self.stds = [self.transition.std(self.schedule, i) for i in range(self.cfg.num_steps)]
         self.noisy = [i for i, std in enumerate(self.stds) if std > 0]
-        check_built(self.parts.scorer.reward, OTHERS)
-        self.reward = GradedReward(self.parts.scorer.reward)
+        check_built(self.state.scorer.reward, OTHERS)
+        self.reward = GradedReward(self.state.scorer.reward)
         guidance = self.cfg.train_guidance
-        self.inputs = {} if guidance == self.generator.guidance_scale else {"guidance_scale": guidance}
+        self.call_inputs = {} if guidance == self.generator.guidance_scale else {"guidance_scale": guidance}
 
-    def sample(self, some: Samples) -> Trajectory:
+    def iteration(self, step: int) -> Iteration:
+        """Sample, differentiate the reward, match."""
+        groups, (local,) = self.loop.groups(step, self.cfg.group_size)
+        values, log, seen = self.update(step, local)
+        return Iteration(values, log.images, *seen, len(groups) * self.cfg.group_size)
+
+    def sample(self, samples: Samples) -> Trajectory:
         """Trajectories with every state on record."""
         with self.run.stage("rollout"):
             return rollout(
-                self.generator, some.prompts, some.seeds, self.transition, noise_seeds=some.noise_seeds, decode=False
+                self.generator,
+                samples.prompts,
+                samples.seeds,
+                self.transition,
+                noise_seeds=samples.noise_seeds,
+                decode=False,
             )
 
-    def terminal(self, some: Samples, final: Tensor, learnt: Learnt) -> Tensor:
+    def terminal(self, samples: Samples, final: Tensor, log: UpdateLog) -> Tensor:
         """a_K = -lambda grad r(decode(x_K)), (N, ...)."""
-        cfg, context, gradients = self.cfg, self.parts.scorer.context(some.prompts), []
+        cfg, context, gradients = self.cfg, self.state.scorer.context(samples.prompts), []
         for copy in range(max(1, cfg.smoothing)):
-            noise = step_noise(some.noise_seeds, 20_000 + copy, final) * (cfg.smoothing_noise if cfg.smoothing else 0.0)
+            noise = step_noise(samples.noise_seeds, 20_000 + copy, final) * (
+                cfg.smoothing_noise if cfg.smoothing else 0.0
+            )
             with torch.enable_grad():
                 x = (final + noise).detach().requires_grad_()
-                images = self.generator.decode(x, some.prompts)
-                graded = self.reward(images, some.prompts, some.noise_seeds, context)
+                images = self.generator.decode(x, samples.prompts)
+                graded = self.reward(images, samples.prompts, samples.noise_seeds, context)
                 gradients.append(torch.autograd.grad(graded.loss.sum(), x)[0])
             if copy == 0:
-                learnt.show(some, images.detach(), graded.rewards)
+                log.add_samples(samples, images.detach(), graded.rewards)
         return cfg.reward_scale * (smoothed_gradient(torch.stack(gradients)) if cfg.smoothing else gradients[0])
 
-    def adjoints(self, some: Samples, trajectory: Trajectory, learnt: Learnt) -> tuple[dict[int, Tensor], ...]:
+    def adjoints(self, samples: Samples, trajectory: Trajectory, log: UpdateLog) -> tuple[dict[int, Tensor], ...]:
         """All states, and the lean adjoints, which belong to the base model."""
         states, last = dict(trajectory.latents), self.noisy[-1]
         if last + 1 < self.cfg.num_steps:  # a last step without noise is not on record
             states[last + 1] = trajectory.next_latents[last]
 
         def mean(k: int, x: Tensor) -> Tensor:
-            prediction = self.generator.predict(x, k, some.prompts, some.seeds, **self.inputs)
+            prediction = self.generator.predict(x, k, samples.prompts, samples.seeds, **self.call_inputs)
             return self.transition(self.schedule, k, x, prediction)[0].mean
 
-        with self.run.stage("adjoint"), self.parts.policy.reference():
-            found = lean_adjoints(states, self.terminal(some, trajectory.final, learnt), mean)
-        learnt.add("adjoint_norm", found[0].flatten(1).norm(dim=1))
+        with self.run.stage("adjoint"), self.state.policy.reference():
+            found = lean_adjoints(states, self.terminal(samples, trajectory.final, log), mean)
+        log.add("adjoint_norm", found[0].flatten(1).norm(dim=1))
         return states, found
 
     def loss(
@@ -128,50 +145,38 @@ class AdjointMatching:
         limit = self.cfg.outlier_limit * self.cfg.reward_scale**2
         return loss.clamp(max=limit) if limit else loss
 
-    def update(self, step: int, groups: list[Group]) -> tuple[dict[str, float], Learnt]:
-        """The iteration's optimiser update; what to log, and what to watch."""
-        cfg, learnt, updates = self.cfg, Learnt(), Updates(self.parts, self.course.accelerator, step)
+    def update(self, step: int, groups: list[Group]) -> tuple[dict[str, float], UpdateLog, tuple[Tensor, Tensor]]:
+        """The iteration's optimiser update; what to log, the images, and the groups and rewards to watch."""
+        cfg, log, updates = self.cfg, UpdateLog(), Updates(self.state, self.loop.accelerator, step)
         chosen = torch.Generator().manual_seed(derived_seed(cfg.seed, 21, step))
         steps = matched_steps(self.noisy, chosen, cfg.trained_share)
         scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(steps))
-        for some in cut(groups, cfg.batch_size):
-            states, adjoints = self.adjoints(some, self.sample(some), learnt)
+        for samples in cut(groups, cfg.batch_size):
+            states, adjoints = self.adjoints(samples, self.sample(samples), log)
 
             def loss(
-                i: int, prediction: Tensor, base: Tensor | None, states=states, adjoints=adjoints
+                i: int, prediction: Tensor, others: Mapping[str, Tensor], states=states, adjoints=adjoints
             ) -> tuple[Tensor, dict[str, Tensor]]:
-                assert base is not None
-                losses = self.loss(states, adjoints, i, prediction, base)
+                losses = self.loss(states, adjoints, i, prediction, others["base"])
                 return losses, {"matching_loss": losses.detach().mean()}
 
             with self.run.stage("train"):
-                kept = {i: states[i] for i in steps}
-                policy = self.parts.policy
-                sums = add_gradients(
-                    self.generator, some.prompts, some.seeds, kept, loss, scale, policy, inputs=self.inputs
-                )
-                updates.add(sums)
+                call = (self.generator, samples.prompts, samples.seeds, {i: states[i] for i in steps})
+                references = {"base": self.state.policy.reference}
+                updates.add(add_gradients(*call, loss, scale, references, inputs=self.call_inputs))
         updates.apply()
-        values, ids, rewards = learnt.joined(self.course.accelerator)
-        self.seen = torch.zeros_like(ids) if cfg.group_size == 1 else ids, rewards  # one image a prompt: one group
-        return values | updates.values(["matching_loss"]), learnt
+        values, ids, rewards = log.joined(self.loop.accelerator)
+        seen = torch.zeros_like(ids) if cfg.group_size == 1 else ids, rewards  # one image a prompt: one group
+        return values | updates.values(["matching_loss"]), log, seen
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    check_differentiable(cfg.reward, OTHERS)
-    plan = preflight.make_plan(cfg, "adjoint_matching", kinds=KINDS)
-    with open_course(cfg, plan, cfg.prompts_per_step) as course:
-        trainer = AdjointMatching(course)
-        for step in course.steps():
-            groups, (mine,) = course.groups(step, cfg.group_size)
-            values, learnt = trainer.update(step, mine)
-            course.end_step(values, learnt.shown, *trainer.seen, len(groups) * cfg.group_size)
-    return plan.folder
+    return train(AdjointMatching, cfg)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    outcome.launch(main, Config, argv, "adjoint_matching", __doc__)
+    launch(AdjointMatching, argv)
 
 
 if __name__ == "__main__":

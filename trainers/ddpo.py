@@ -12,7 +12,7 @@ Flow-matching models are trained by `flow_grpo.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,14 +27,12 @@ from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_loss, kl_
 from visalign.objectives.rebel import rebel_loss, rebel_weights
 from visalign.sampling.rollout import Trajectory, recompute, rollout, step_log_prob
 from visalign.sampling.seeds import derived_seed
-from visalign.training.before import options, preflight
-from visalign.training.loop.batches import Batch, cut
-from visalign.training.loop.course import Course, open_course, shown
+from visalign.training.before import options
+from visalign.training.loop.batches import Batch, GatheredScores, cut
 from visalign.training.loop.learning import Updates, add_gradients, add_sums
-from visalign.training.run import outcome
+from visalign.training.loop.trainer import Trainer, launch, train
+from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
 from visalign.transitions import DDIM, Consistency, Transition
-
-KINDS = ("diffusion", "consistency")
 
 
 @dataclass(frozen=True)
@@ -106,54 +104,62 @@ class Config(options.CommonConfig):
             raise ValueError(f"buffer_size, buffer_min: got one with statistics {self.statistics!r}, expected none")
 
 
-class DDPO:
-    """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
+class DDPO(Trainer):
+    """Sampling, comparing with each prompt's own past, updating by PPO or REBEL."""
 
-    def __init__(self, course: Course):
-        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        cfg, self.generator, scorer = self.cfg, self.parts.generator, self.parts.scorer
-        self.schedule = self.generator.schedule
-        preflight.check_kind(cfg.model, self.schedule.kind, KINDS)
+    name, config, kinds = "ddpo", Config, ("diffusion", "consistency")
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        super().__init__(loop)
+        cfg = self.cfg
         consistency = self.schedule.kind == "consistency"
         self.transition: Transition = Consistency(eta=cfg.eta) if consistency else DDIM(eta=cfg.eta)
-        if scorer.one_set or scorer.gives != "scores":
+        if self.scorer.is_setwise or self.scorer.output_kind != "scores":
             raise ValueError(
                 f"reward: got {cfg.reward!r}, which scores sets or gives advantages, expected a score for each sample"
             )
         self.tracker: PromptStatistics | None = None
         if cfg.statistics == "prompt":
             self.tracker = PromptStatistics(cfg.buffer_size or 16, cfg.buffer_min)
-            self.tracker.load_state_dict(self.parts.extra.get("prompt_rewards", {}))
+            self.tracker.load_state_dict(self.state.extra.get("prompt_rewards", {}))
 
-    def sample(self, groups: Sequence[Group]) -> list[Batch]:
-        """Images of some prompts, in micro-batches, every step with noise on record; handed on to the reward."""
-        batches: list[Batch] = []
-        for some in cut(groups, self.cfg.batch_size):
+    def iteration(self, step: int) -> Iteration:
+        """Sample and score, in the shares of the updates; then learn from all."""
+        cfg, loop = self.cfg, self.loop
+        groups, local = loop.groups(step, cfg.group_size, cfg.updates_per_step)
+        submitted = [loop.submit(self.sample(share)) for share in local]
+        scores = loop.collect(submitted)
+        advantages, values = self.advantages(scores, groups)
+        shares = scores.assign(submitted, advantages)
+        values |= scores.values() | {"advantage_abs_mean": advantages.abs().mean().item()} | self.update(step, shares)
+        return Iteration(values, images_of(shares), *scores.as_gathered, len(groups) * cfg.group_size)
+
+    def sample(self, groups: Sequence[Group]) -> Iterator[Batch]:
+        """Images of some prompts, in micro-batches, every step with noise on record."""
+        for samples in cut(groups, self.cfg.batch_size):
             with self.run.stage("rollout"):
                 trajectory = rollout(
-                    self.generator, some.prompts, some.seeds, self.transition, grad_mode=self.cfg.compile
+                    self.generator, samples.prompts, samples.seeds, self.transition, grad_mode=self.cfg.compile
                 )
-            batches.append(Batch(trajectory, some.ids))
-            self.course.scoring.add(batches[-1])
-        self.course.scoring.flush()
-        return batches
+            yield Batch(trajectory, samples.ids)
 
-    def assign_advantages(self, batches: list[Batch], groups: Sequence[Group]) -> dict[str, float]:
-        """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
-        scores, extra = self.course.scoring.collect(batches), {}
+    def advantages(self, scores: GatheredScores, groups: Sequence[Group]) -> tuple[Tensor, dict[str, float]]:
+        """Of all samples of the iteration, (M,), from the scores of all processes, 0 where failed; and what to log.
+
+        Args:
+            groups: of all processes, by their ids.
+        """
+        values: dict[str, float] = {}
         if self.tracker is not None:
-            prompts = [groups[index].prompt for index in scores.ids.tolist()]
-            advantages = self.tracker.advantages(prompts, scores.rewards, scores.valid)
-            self.parts.extra["prompt_rewards"] = self.tracker.state_dict()
-            extra["own_baseline_share"] = self.tracker.share_of_own(prompts)
+            prompts = [groups[index].prompt for index in scores.group_ids.tolist()]
+            advantages = self.tracker.advantages(prompts, scores.total, scores.valid)
+            self.state.extra["prompt_rewards"] = self.tracker.state_dict()
+            values["own_baseline_share"] = self.tracker.share_of_own(prompts)
         elif self.cfg.statistics == "batch":
-            advantages = normalised(scores.rewards, scores.rewards[scores.valid])
+            advantages = normalised(scores.total, scores.total[scores.valid])
         else:
-            advantages = group_advantages(scores.rewards, scores.ids)
-        advantages = clip_advantages(advantages, self.cfg.max_advantage).float() * scores.valid  # 0: failed
-        scores.assign(batches, advantages)
-        self.seen = scores.seen
-        return scores.values() | {"advantage_abs_mean": advantages.abs().mean().item()} | extra
+            advantages = group_advantages(scores.total, scores.group_ids)
+        return clip_advantages(advantages, self.cfg.max_advantage).float() * scores.valid, values
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""
@@ -166,7 +172,7 @@ class DDPO:
     def backward(self, batch: Batch, steps: list[int], scale: float) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch, step by step. Returns sums to log."""
         cfg, trajectory, advantages, weights = self.cfg, batch.trajectory, batch.advantages, None
-        assert advantages is not None and batch.scores is not None
+        assert advantages is not None
         sums: dict[str, Tensor] = {}
         if cfg.objective == "rebel":
             weights = self.pair_weights(batch, steps, sums)
@@ -176,13 +182,13 @@ class DDPO:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[rows]
 
-        def loss(i: int, prediction: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.loss(trajectory, i, prediction, advantages, weights, reference)
+        def loss(i: int, prediction: Tensor, others: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.loss(trajectory, i, prediction, advantages, weights, others.get("base"))
 
-        base = self.parts.policy if cfg.kl_weight else None
+        references = {"base": self.state.policy.reference} if cfg.kl_weight else {}
         for states in self.calls(trajectory, steps):
-            told = trajectory.prompts, trajectory.seeds
-            add_sums(sums, add_gradients(self.generator, *told, states, loss, scale, base))
+            call = (self.generator, trajectory.prompts, trajectory.seeds, states)
+            add_sums(sums, add_gradients(*call, loss, scale, references))
         return sums
 
     def calls(self, trajectory: Trajectory, steps: list[int]) -> list[dict[int, Tensor]]:
@@ -190,8 +196,8 @@ class DDPO:
 
         The embeddings are then part of each step's graph, which its backward frees: each step encodes anew.
         """
-        visited = [[i] for i in steps] if self.parts.policy.texts else [steps]
-        return [{i: trajectory.latents[i] for i in some} for some in visited]
+        visited = [[i] for i in steps] if self.state.policy.texts else [steps]
+        return [{i: trajectory.latents[i] for i in call} for call in visited]
 
     def pair_weights(self, batch: Batch, steps: list[int], sums: dict[str, Tensor]) -> Tensor:
         """REBEL's weight (N,) of each sample's log-probability, from a pass without gradient; 0 for unscored pairs.
@@ -199,7 +205,7 @@ class DDPO:
         A mean over samples and steps becomes by it the loss's own mean over pairs of sums over steps.
         """
         trajectory, advantages = batch.trajectory, batch.advantages
-        assert advantages is not None and batch.scores is not None
+        assert advantages is not None and batch.valid is not None
         ratios = torch.zeros_like(advantages)
 
         def add(i: int, _latents: Tensor, prediction: Tensor) -> None:
@@ -208,7 +214,7 @@ class DDPO:
         with torch.no_grad():
             for states in self.calls(trajectory, steps):
                 self.generator.denoise(trajectory.prompts, trajectory.seeds, add, latents=states)
-        scored = batch.scores.valid.unflatten(0, (-1, 2)).all(1).to(ratios.device)
+        scored = batch.valid.unflatten(0, (-1, 2)).all(1).to(ratios.device)
         given, scale = (ratios, advantages, self.cfg.rebel_scale or 1.0), 2 * len(steps)
         sums["rebel_loss"] = (rebel_loss(*given) * scored).sum() * scale
         return rebel_weights(*given) * scored.repeat_interleave(2) * scale
@@ -237,7 +243,7 @@ class DDPO:
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        cfg, updates = self.cfg, Updates(self.state, self.loop.accelerator, step)
         steps = self.steps_to_train(step, shares[0][0].trajectory.steps)  # all batches have recorded the same
         scale = 1 / (cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size * len(steps))
         for share in shares * cfg.inner_epochs:
@@ -251,21 +257,11 @@ class DDPO:
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    plan = preflight.make_plan(cfg, "ddpo", kinds=KINDS)
-    with open_course(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as course:
-        trainer = DDPO(course)
-        for step in course.steps():
-            groups, mine = course.groups(step, cfg.group_size, cfg.updates_per_step)
-            shares = [trainer.sample(share) for share in mine]  # and scored, in the shares of the updates
-            drawn = [batch for share in shares for batch in share]
-            values = trainer.assign_advantages(drawn, groups)
-            values |= trainer.update(step, shares)
-            course.end_step(values, shown(drawn), *trainer.seen, len(groups) * cfg.group_size)
-    return plan.folder
+    return train(DDPO, cfg)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    outcome.launch(main, Config, argv, "ddpo", __doc__)
+    launch(DDPO, argv)
 
 
 if __name__ == "__main__":

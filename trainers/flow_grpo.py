@@ -9,6 +9,7 @@ rather than std + 1e-4; the KL is the true one unless `--kl_type flow_grpo`; the
 and step alone, so results do not depend on the number of processes.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,14 +30,12 @@ from visalign.objectives.policy_gradient import (
 from visalign.sampling.rollout import Solver, Trajectory, recompute, rollout
 from visalign.sampling.seeds import derived_seed
 from visalign.sampling.windows import flash_post_steps, make_window, trained_steps
-from visalign.training.before import options, preflight
-from visalign.training.loop.batches import Batch, cut
-from visalign.training.loop.course import Course, open_course, shown
+from visalign.training.before import options
+from visalign.training.loop.batches import Batch, GatheredScores, cut
 from visalign.training.loop.learning import Updates, add_gradients
-from visalign.training.run import outcome
+from visalign.training.loop.trainer import Trainer, launch, train
+from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
 from visalign.transitions import make_transition
-
-KINDS = ("flow",)
 
 
 @dataclass(frozen=True)
@@ -136,59 +135,63 @@ class Config(options.CommonConfig):
         return make_window(self.window, self.num_steps, self.window_size, **span, **dwell)
 
 
-class FlowGRPO:
-    """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
+class FlowGRPO(Trainer):
+    """Sampling, comparing within groups, updating by the clipped surrogate."""
 
-    def __init__(self, course: Course):
-        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        cfg, self.generator, self.scorer = self.cfg, self.parts.generator, self.parts.scorer
+    name, config, kinds = "flow_grpo", Config, ("flow",)
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        super().__init__(loop)
+        cfg = self.cfg
         self.transition = make_transition(cfg.sampler, eta=cfg.eta)
         self.window = cfg.make_window()
-        self.schedule = self.generator.schedule
-        preflight.check_kind(cfg.model, self.schedule.kind, KINDS)
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
         self.step_weights = step_weights(cfg.step_weight, self.stds, self.schedule.levels)
-        if self.scorer.one_set and course.accelerator.num_processes > 1:
+        if self.scorer.is_setwise and loop.accelerator.num_processes > 1:
             raise ValueError(
                 f"reward: got {cfg.reward!r}, which scores all samples as one set, on "
-                f"{course.accelerator.num_processes} processes, expected 1"
+                f"{loop.accelerator.num_processes} processes, expected 1"
             )
 
-    def sample(self, step: int, groups: list[Group]) -> list[Batch]:
-        """Images of some groups, in micro-batches, with the stochastic steps on record; handed on to the reward."""
-        cfg, batches = self.cfg, list[Batch]()
+    def iteration(self, step: int) -> Iteration:
+        """Sample and score, in the shares of the updates; then learn from all."""
+        cfg, loop = self.cfg, self.loop
+        groups, local = loop.groups(step, cfg.group_size, cfg.updates_per_step, cfg.same_latents)
+        submitted = [loop.submit(self.sample(step, share)) for share in local]
+        scores = loop.collect(submitted)
+        advantages = self.advantages(scores)
+        shares = scores.assign(submitted, advantages)
+        values = scores.values() | {"advantage_abs_mean": advantages.abs().mean().item()} | self.update(step, shares)
+        return Iteration(values, images_of(shares), *scores.as_gathered, len(groups) * cfg.group_size)
+
+    def sample(self, step: int, groups: list[Group]) -> Iterator[Batch]:
+        """Images of some groups, in micro-batches, with the stochastic steps on record."""
+        cfg = self.cfg
         steps = [i for i in self.window(step) if self.stds[i] > 0]
         post = None if cfg.ratio_after is None else flash_post_steps(cfg.num_steps, max(steps), cfg.ratio_after)
-        for some in cut(groups, cfg.batch_size):
+        for samples in cut(groups, cfg.batch_size):
             with self.run.stage("rollout"):
                 trajectory = rollout(
                     self.generator,
-                    some.prompts,
-                    some.seeds,
+                    samples.prompts,
+                    samples.seeds,
                     self.transition,
                     sde_steps=steps,
-                    noise_seeds=some.noise_seeds,
+                    noise_seeds=samples.noise_seeds,
                     solver=cfg.solver_after,
                     post_steps=post,
                     store_means=cfg.ratio == "guard",
                     grad_mode=cfg.compile,
                 )
-            batches.append(Batch(trajectory, some.ids))
-            self.course.scoring.add(batches[-1])
-        self.course.scoring.flush()
-        return batches
+            yield Batch(trajectory, samples.ids)
 
-    def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
-        """Advantages of all samples of the iteration, from the rewards of all processes; returns what to log."""
-        scores = self.course.scoring.collect(batches)
-        if self.scorer.gives == "scores":
-            advantages = group_advantages(scores.rewards, scores.ids, std=self.cfg.advantage_std)
+    def advantages(self, scores: GatheredScores) -> Tensor:
+        """Of all samples of the iteration, (M,), from the scores of all processes; 0 where scoring failed."""
+        if self.scorer.output_kind == "scores":
+            advantages = group_advantages(scores.total, scores.group_ids, std=self.cfg.advantage_std)
         else:
-            advantages = self.scorer.combine(scores.shaped, scores.ids)
-        advantages = clip_advantages(advantages.float(), self.cfg.max_advantage) * scores.valid  # 0: failed
-        scores.assign(batches, advantages)
-        self.seen = scores.seen
-        return scores.values() | {"advantage_abs_mean": advantages.abs().mean().item()}
+            advantages = self.scorer.combine(scores.shaped, scores.group_ids)
+        return clip_advantages(advantages.float(), self.cfg.max_advantage) * scores.valid
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""
@@ -209,12 +212,12 @@ class FlowGRPO:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[rows]
 
-        def loss(i: int, prediction: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.loss(trajectory, i, prediction, advantages, reference)
+        def loss(i: int, prediction: Tensor, others: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.loss(trajectory, i, prediction, advantages, others.get("base"))
 
         states = {i: trajectory.latents[i] for i in steps}
-        base = self.parts.policy if cfg.kl_weight else None
-        return add_gradients(self.generator, trajectory.prompts, trajectory.seeds, states, loss, scale, base)
+        references = {"base": self.state.policy.reference} if cfg.kl_weight else {}
+        return add_gradients(self.generator, trajectory.prompts, trajectory.seeds, states, loss, scale, references)
 
     def loss(
         self, trajectory: Trajectory, i: int, prediction: Tensor, advantages: Tensor, reference: Tensor | None
@@ -246,7 +249,7 @@ class FlowGRPO:
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        cfg, updates = self.cfg, Updates(self.state, self.loop.accelerator, step)
         total = cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size  # samples an update, on all processes
         for share in shares * cfg.inner_epochs:
             with self.run.stage("train"):
@@ -259,21 +262,11 @@ class FlowGRPO:
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    plan = preflight.make_plan(cfg, "flow_grpo", kinds=KINDS)
-    with open_course(cfg, plan, cfg.prompts_per_step // cfg.updates_per_step) as course:
-        trainer = FlowGRPO(course)
-        for step in course.steps():
-            groups, mine = course.groups(step, cfg.group_size, cfg.updates_per_step, cfg.same_latents)
-            shares = [trainer.sample(step, share) for share in mine]  # and scored, in the shares of the updates
-            drawn = [batch for share in shares for batch in share]
-            values = trainer.assign_advantages(drawn)
-            values |= trainer.update(step, shares)
-            course.end_step(values, shown(drawn), *trainer.seen, len(groups) * cfg.group_size)
-    return plan.folder
+    return train(FlowGRPO, cfg)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    outcome.launch(main, Config, argv, "flow_grpo", __doc__)
+    launch(FlowGRPO, argv)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ from visalign.sampling.rollout import rollout
 from visalign.sampling.seeds import derived_seed, step_noise
 from visalign.training.before import preflight
 from visalign.training.loop import setup
-from visalign.training.loop.course import Course, open_course
+from visalign.training.loop.trainer import Trainer, launch, train
+from visalign.training.loop.training_loop import Iteration, TrainingLoop
 from visalign.training.reward_gradient.gradients import OTHERS, check_differentiable
 from visalign.training.reward_gradient.options import CYCLE, Config
 from visalign.training.reward_gradient.parts import (
     Batch,
-    Learnt,
-    Pictures,
+    UpdateLog,
     batches,
     blocks_of,
     check_kind,
@@ -52,7 +52,6 @@ from visalign.training.reward_gradient.parts import (
     prepare_memory,
     shown_to,
 )
-from visalign.training.run import outcome
 from visalign.transitions import ddim
 from visalign.worlds import resolve_model
 
@@ -67,20 +66,53 @@ class Estimate(NamedTuple):
     states: dict[int, Tensor] | None = None
 
 
-class RewardBackprop:
-    """One process's part in the training: a batch's estimates, their gradient, the update. The loop is `main`."""
+class RewardBackprop(Trainer):
+    """A batch's estimates, their gradient, the update."""
 
-    def __init__(self, course: Course, pictures: Pictures | None = None):
-        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        cfg, parts, self.pictures = self.cfg, self.parts, pictures
-        self.generator, self.schedule = parts.generator, parts.generator.schedule
+    name, config = "reward_backprop", Config
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        super().__init__(loop)
+        cfg, state, self.pictures = self.cfg, self.state, loop.plan.pictures
         self.transition = make_sampler(cfg, self.schedule)
         self.first_cut = cfg.num_steps - (cfg.own("grad_steps") or cfg.num_steps)  # no step before has a gradient
         check_model(cfg, self.schedule, self.transition, self.first_cut)
-        self.reward = make_graded(cfg, parts.scorer.reward, OTHERS)
-        self.encode = Encoder(self.generator) if pictures else None
-        self.teacher = load_teacher(cfg, self.schedule, parts.policy, self.course.accelerator.device)
+        self.reward = make_graded(cfg, state.scorer.reward, OTHERS)
+        self.encode = Encoder(self.generator) if self.pictures else None
+        self.teacher = load_teacher(cfg, self.schedule, state.policy, self.loop.accelerator.device)
         self.recomputed = prepare_memory(cfg, self.generator)
+        loop.scale, loop.patience = cfg.lora_scale, cfg.early_stop
+        loop.extras = evaluation_extras(cfg, self.generator, self.pictures)
+
+    @classmethod
+    def plan(cls, cfg: Config) -> preflight.Plan:
+        check_differentiable(cfg.reward, OTHERS)
+        pictures = open_pictures(cfg.data) if cfg.data else None
+        if isinstance(pictures, PictureFolder) and cfg.method in CYCLE and not pictures.conditioned:
+            raise ValueError(f"data: got {cfg.data!r}, where pictures lack their condition, expected one for each")
+        if cfg.own("teacher"):
+            resolve_model(cfg.own("teacher"))
+        sets = pictures.captions() if isinstance(pictures, PictureFolder) else None
+        plan = preflight.make_plan(cfg, cls.name, sets)
+        check_kind(cfg, preflight.kind_of_folder(plan.model))
+        if isinstance(pictures, DrawnShapes):
+            pictures.check([*plan.prompts, *plan.eval_prompts])
+        plan.pictures = pictures
+        return plan
+
+    @classmethod
+    def inputs(cls, cfg: Config, plan: preflight.Plan, generator: Generator) -> dict[str, Any]:
+        return shown_to(cfg, generator, plan.pictures, plan.prompts[:1], [0])[1] if plan.pictures else {}
+
+    @classmethod
+    def component(cls, cfg: Config) -> str | None:
+        return cfg.own("component")
+
+    def iteration(self, step: int) -> Iteration:
+        """Sample, differentiate the reward, update."""
+        groups, (local,) = self.loop.groups(step, self.cfg.group_size)
+        values, log, seen = self.update(step, local)
+        return Iteration(values, log.images, *seen, len(groups) * self.cfg.group_size)
 
     # Samples ---------------------------------------------------------------------------------------------------------
 
@@ -139,76 +171,76 @@ class RewardBackprop:
         """The prediction at any timestep."""
         return self.generator.predict(state, 0, batch.prompts, timestep=timestep, **batch.inputs)
 
-    def images(self, batch: Batch, latents: Tensor, learnt: Learnt) -> Tensor:
+    def images(self, batch: Batch, latents: Tensor, log: UpdateLog) -> Tensor:
         inputs = {name: value for name, value in batch.inputs.items() if name == "image"}
         images = self.generator.decode(latents, batch.prompts, **inputs)
-        learnt.add("saturated", objectives.saturated_fraction(images))
+        log.add("saturated", objectives.saturated_fraction(images))
         return images
 
     def context(self, step: int, batch: Batch) -> dict[str, Any]:
         """For rewards: what is known of prompts and pictures, and a seed for those that choose frames."""
-        known = self.parts.scorer.context(batch.prompts) | {"segment_seed": derived_seed(self.cfg.seed, 30, step)}
+        known = self.state.scorer.context(batch.prompts) | {"segment_seed": derived_seed(self.cfg.seed, 30, step)}
         return known | (batch.drawn.context if batch.drawn is not None and self.cfg.method in CYCLE else {})
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
-    def learn_by_reward(self, step: int, batch: Batch, learnt: Learnt, scale: float) -> None:
+    def learn_by_reward(self, step: int, batch: Batch, log: UpdateLog, scale: float) -> None:
         """Gradient of the reward of what `estimates` gives."""
         shown: tuple[Tensor, Tensor] | None = None
         for estimate in self.estimates(step, batch):
-            images = self.images(batch, estimate.latents, learnt)
+            images = self.images(batch, estimate.latents, log)
             context = self.context(step, batch)
             graded = self.reward(images, batch.prompts, batch.noise_seeds, context, estimate.excess, estimate.swap)
             (graded.loss.sum() * (self.cfg.reward_weight * estimate.weight * scale)).backward()
             shown = shown or (images.detach(), graded.rewards)
-            self.stay_close(step, batch, learnt, estimate.latents.detach(), estimate.states, scale * estimate.weight)
+            self.stay_close(step, batch, log, estimate.latents.detach(), estimate.states, scale * estimate.weight)
         assert shown is not None
-        learnt.show(batch, *shown)
+        log.add_samples(batch, *shown)
         if self.cfg.data_share:
-            self.data_loss(step, batch, learnt, scale, self.time_at(step, batch.block))[0].backward()
+            self.data_loss(step, batch, log, scale, self.time_at(step, batch.block))[0].backward()
 
-    def learn_by_cycle(self, step: int, batch: Batch, learnt: Learnt, scale: float) -> None:
+    def learn_by_cycle(self, step: int, batch: Batch, log: UpdateLog, scale: float) -> None:
         """ControlNet++ and Ctrl-U: the denoising loss on data, and the reward of one-step estimates near it."""
         cfg, timestep = self.cfg, self.time_at(step, batch.block)
         low, high = cfg.own("time_span")
         within = low <= timestep <= high
         share = self.scored_share(step, low, high)  # of the iteration's samples
-        loss, latents = self.data_loss(step, batch, learnt, scale, timestep)
+        loss, latents = self.data_loss(step, batch, log, scale, timestep)
         if not within and cfg.method == "controlnet":
             loss.backward()
-            learnt.show(batch, None, None)
+            log.add_samples(batch, None, None)
         elif cfg.method == "controlnet":
-            images = self.images(batch, latents, learnt)
+            images = self.images(batch, latents, log)
             graded = self.reward(images, batch.prompts, batch.noise_seeds, self.context(step, batch))
             (loss + graded.loss.sum() * (cfg.reward_weight * scale / share)).backward()
-            learnt.show(batch, images, graded.rewards)
+            log.add_samples(batch, images, graded.rewards)
         else:
             further = min(timestep + 1, 999)
-            auxiliary, other = self.data_loss(step, batch, learnt, scale, further)
+            auxiliary, other = self.data_loss(step, batch, log, scale, further)
             loss, images, rewards = (loss + auxiliary) / 2, None, None
             if within:
-                reward, context = self.parts.scorer.reward, self.context(step, batch)
+                reward, context = self.state.scorer.reward, self.context(step, batch)
                 assert isinstance(reward, ControlnetCycle)
-                images = self.images(batch, latents, learnt)
+                images = self.images(batch, latents, log)
                 found, losses, counted = reward.pixel_losses(images, context)
-                doubt = reward.doubt(reward.pixel_losses(self.images(batch, other, learnt), context)[0], found)
+                doubt = reward.doubt(reward.pixel_losses(self.images(batch, other, log), context)[0], found)
                 weighted, doubted = (per_item(v, counted) for v in (single_step.doubt_weighted(losses, doubt), doubt))
                 rate = cfg.reward_weight * single_step.ramp(step, cfg.own("ramp_steps"))
                 total = rate * weighted + cfg.own("doubt_weight") * doubted
                 loss, rewards = loss + total.sum() * (scale / share), -per_item(losses, counted)
-                learnt.add("doubt", doubted)
+                log.add("doubt", doubted)
             loss.backward()
-            learnt.show(batch, images, rewards)
+            log.add_samples(batch, images, rewards)
         assert batch.x0 is not None
-        self.stay_close(step, batch, learnt, batch.x0, None, scale)
+        self.stay_close(step, batch, log, batch.x0, None, scale)
 
-    def learn_by_distilling(self, step: int, batch: Batch, learnt: Learnt, scale: float) -> None:
+    def learn_by_distilling(self, step: int, batch: Batch, log: UpdateLog, scale: float) -> None:
         """RG-LCM: one call of the student serves the consistency loss and the reward."""
         cfg, schedule, draw = self.cfg, self.schedule, self.draw(1, step, batch.block)
         i, x0 = int(torch.randint(cfg.num_steps, (), generator=draw)), batch.x0
         low, high = cfg.own("guidance_span")
         guidance = low + (high - low) * torch.rand((), generator=draw).item()
-        inputs: dict[str, Any] = {"guidance_scale": guidance if embeds_guidance(self.parts.policy) else 1.0}
+        inputs: dict[str, Any] = {"guidance_scale": guidance if embeds_guidance(self.state.policy) else 1.0}
         assert x0 is not None
 
         def student(state: Tensor, k: int) -> Tensor:
@@ -222,12 +254,12 @@ class RewardBackprop:
                 target = student(target, i + 1)
         estimate = student(state, i)
         distance = single_step.consistency_loss(estimate, target, cfg.own("huber"))
-        images = self.images(batch, estimate, learnt)
+        images = self.images(batch, estimate, log)
         graded = self.reward(images, batch.prompts, batch.noise_seeds, self.context(step, batch))
         ((cfg.data_share * distance + cfg.reward_weight * graded.loss.to(distance)).sum() * scale).backward()
-        learnt.add("consistency_loss", distance)
-        learnt.show(batch, images, graded.rewards)
-        self.stay_close(step, batch, learnt, x0, None, scale)
+        log.add("consistency_loss", distance)
+        log.add_samples(batch, images, graded.rewards)
+        self.stay_close(step, batch, log, x0, None, scale)
 
     def teacher_step(self, batch: Batch, state: Tensor, i: int, guidance: float) -> Tensor:
         """One DDIM step of the guided diffusion model."""
@@ -236,7 +268,7 @@ class RewardBackprop:
             kind = self.teacher.schedule.prediction_type
             prediction = self.teacher.predict(state, i, batch.prompts, guidance_scale=guidance)
         else:
-            with self.parts.policy.reference():
+            with self.state.policy.reference():
                 prediction = self.generator.predict(state, i, batch.prompts, guidance_scale=guidance)
         return ddim(state, prediction, level, following, 0.0, kind)[0].mean
 
@@ -251,7 +283,7 @@ class RewardBackprop:
         return max(single_step.masked_mean(torch.ones(len(times)), times, low, high, len(times)).item(), 1e-10)
 
     def data_loss(
-        self, step: int, batch: Batch, learnt: Learnt, scale: float, timestep: float
+        self, step: int, batch: Batch, log: UpdateLog, scale: float, timestep: float
     ) -> tuple[Tensor, Tensor]:
         """The denoising loss on the pictures, (), weighted; and the one-step estimate of their latents."""
         level, kind, x0 = self.generator.level_at(timestep), self.schedule.prediction_type, batch.x0
@@ -260,31 +292,31 @@ class RewardBackprop:
         state = add_noise(x0, noise, level, kind)
         prediction = self.predict_at(batch, state, timestep)
         loss = objectives.output_anchor(prediction, training_target(x0, noise, level, kind))
-        learnt.add("data_loss", loss)
+        log.add("data_loss", loss)
         weight = 1.0 if self.cfg.min_snr is None else single_step.min_snr_weight(level, kind, self.cfg.min_snr)
         return loss.sum() * (self.cfg.data_share * weight * scale), one_step_estimate(state, prediction, level, kind)
 
     def stay_close(
-        self, step: int, batch: Batch, learnt: Learnt, x0: Tensor, states: dict[int, Tensor] | None, scale: float
+        self, step: int, batch: Batch, log: UpdateLog, x0: Tensor, states: dict[int, Tensor] | None, scale: float
     ) -> None:
         """Gradient of what holds the policy near the base model: on a noised sample, and at the visited states."""
         cfg, schedule = self.cfg, self.schedule
         if cfg.anchor_weight:
             i = int(torch.randint(cfg.num_steps, (), generator=self.draw(3, step, batch.block)))
             state = add_noise(x0, self.noise(batch, 200, x0), schedule.levels[i], schedule.prediction_type)
-            self.compare(batch, {i: state}, learnt, "anchor", cfg.anchor_weight * scale)
+            self.compare(batch, {i: state}, log, "anchor", cfg.anchor_weight * scale)
         noisy = {i: x for i, x in (states or {}).items() if self.transition.std(schedule, i) > 0}
         if cfg.kl_weight and noisy:
-            self.compare(batch, noisy, learnt, "kl", cfg.kl_weight * scale)
+            self.compare(batch, noisy, log, "kl", cfg.kl_weight * scale)
 
-    def compare(self, batch: Batch, states: dict[int, Tensor], learnt: Learnt, name: str, scale: float) -> None:
+    def compare(self, batch: Batch, states: dict[int, Tensor], log: UpdateLog, name: str, scale: float) -> None:
         """Gradient of the distance to the base model, step by step, each on its own state held fixed."""
         references: dict[int, Tensor] = {}
 
         def keep(i: int, _x: Tensor, prediction: Tensor) -> None:
             references[i] = prediction
 
-        with self.parts.policy.reference():
+        with self.state.policy.reference():
             self.generator.denoise(batch.prompts, batch.seeds, keep, latents=states, **batch.inputs)
 
         def pull(i: int, x: Tensor, prediction: Tensor) -> None:
@@ -294,14 +326,14 @@ class RewardBackprop:
                 ours, base = (self.transition(self.schedule, i, x, p)[0] for p in (prediction, references[i]))
                 distance = objectives.step_kl(ours, base)
             (distance.sum() * scale).backward()
-            learnt.add(name, distance)
+            log.add(name, distance)
 
         self.generator.denoise(batch.prompts, batch.seeds, pull, latents=states, **batch.inputs)
 
     def decay_to_start(self) -> None:
         """Gradient of the change's size; once for all processes, whose gradients are summed."""
-        policy, weight = self.parts.policy, self.cfg.start_decay
-        if not weight or not self.course.accelerator.is_main_process:
+        policy, weight = self.state.policy, self.cfg.start_decay
+        if not weight or not self.loop.accelerator.is_main_process:
             return
         if policy.lora_rank:
             downs = {name: p for name, p in policy.trained.items() if ".lora_A." in name}
@@ -311,51 +343,28 @@ class RewardBackprop:
             penalty = objectives.start_penalty(list(policy.trained.values()), list(policy.frozen.values()))
         (weight * penalty).backward()
 
-    def update(self, step: int, groups: list[Group]) -> tuple[dict[str, Any], Learnt]:
-        """The iteration's optimiser update; what to log, and what to watch."""
-        cfg, learnt = self.cfg, Learnt()
+    def update(self, step: int, groups: list[Group]) -> tuple[dict[str, Any], UpdateLog, tuple[Tensor, Tensor]]:
+        """The iteration's optimiser update; what to log, the images, and the groups and rewards to watch."""
+        cfg, log = self.cfg, UpdateLog()
         learn = {"rg_lcm": self.learn_by_distilling, **dict.fromkeys(CYCLE, self.learn_by_cycle)}
         scale = 1 / (cfg.prompts_per_step * cfg.group_size)
         with self.run.stage("train"), checkpointed(*self.recomputed):
             for batch in batches(cfg, self.generator, self.pictures, self.encode, groups):
-                learn.get(cfg.method, self.learn_by_reward)(step, batch, learnt, scale)
+                learn.get(cfg.method, self.learn_by_reward)(step, batch, log, scale)
             self.decay_to_start()
-            norm = self.parts.apply_gradients(self.course.accelerator, step)
-        values, ids, rewards = learnt.joined(self.course.accelerator)
-        self.seen = torch.zeros_like(ids) if cfg.group_size == 1 else ids, rewards  # one image a prompt: one group
-        return {**values, "grad_norm": norm, "skipped_updates": self.parts.skipped}, learnt
+            norm = self.state.apply_gradients(self.loop.accelerator, step)
+        values, ids, rewards = log.joined(self.loop.accelerator)
+        seen = torch.zeros_like(ids) if cfg.group_size == 1 else ids, rewards  # one image a prompt: one group
+        return {**values, "grad_norm": norm, "skipped_updates": self.state.skipped}, log, seen
 
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    check_differentiable(cfg.reward, OTHERS)
-    pictures = open_pictures(cfg.data) if cfg.data else None
-    if isinstance(pictures, PictureFolder) and cfg.method in CYCLE and not pictures.conditioned:
-        raise ValueError(f"data: got {cfg.data!r}, where pictures lack their condition, expected one for each")
-    if cfg.own("teacher"):
-        resolve_model(cfg.own("teacher"))
-    sets = pictures.captions() if isinstance(pictures, PictureFolder) else None
-    plan = preflight.make_plan(cfg, "reward_backprop", sets)
-    check_kind(cfg, preflight.kind_of_folder(plan.model))
-    if isinstance(pictures, DrawnShapes):
-        pictures.check([*plan.prompts, *plan.eval_prompts])
-
-    def inputs(generator: Generator) -> dict[str, Any]:
-        return shown_to(cfg, generator, pictures, plan.prompts[:1], [0])[1] if pictures else {}
-
-    with open_course(cfg, plan, cfg.prompts_per_step, inputs, cfg.own("component")) as course:
-        trainer = RewardBackprop(course, pictures)
-        course.scale, course.patience = cfg.lora_scale, cfg.early_stop
-        course.extras = evaluation_extras(cfg, trainer.generator, pictures)
-        for step in course.steps():
-            groups, (mine,) = course.groups(step, cfg.group_size)
-            values, learnt = trainer.update(step, mine)
-            course.end_step(values, learnt.shown, *trainer.seen, len(groups) * cfg.group_size)
-    return plan.folder
+    return train(RewardBackprop, cfg)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    outcome.launch(main, Config, argv, "reward_backprop", __doc__)
+    launch(RewardBackprop, argv)
 
 
 if __name__ == "__main__":

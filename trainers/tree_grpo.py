@@ -20,6 +20,7 @@ What images share is denoised once. Methods differ in where trees fork and how l
 Departures: no KL term, as in the sources; the latents are kept in float32.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +45,10 @@ from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate
 from visalign.sampling.branching import Fork, Tree, branched_rollout
 from visalign.sampling.windows import make_window
 from visalign.training.before import options, preflight
-from visalign.training.loop.course import Course, open_course
+from visalign.training.loop.batches import GatheredScores
 from visalign.training.loop.learning import Updates, add_gradients, add_sums
-from visalign.training.run import outcome
+from visalign.training.loop.trainer import Trainer, launch, train
+from visalign.training.loop.training_loop import Iteration, TrainingLoop
 from visalign.transitions import make_transition
 
 Method = Literal["branch_grpo", "tree_grpo", "tempflow", "tp_grpo", "b2_diffurl"]
@@ -165,20 +167,43 @@ class Branches:
     advantages: dict[int, Tensor]
 
 
-class TreeGRPO:
-    """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
+class TreeGRPO(Trainer):
+    """Growing trees, scoring their leaves, crediting and training their edges."""
 
-    def __init__(self, course: Course):
-        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        self.generator, self.scorer = self.parts.generator, self.parts.scorer
+    name, config = "tree_grpo", Config
+
+    @classmethod
+    def plan(cls, cfg: Config) -> preflight.Plan:
+        plan = preflight.make_plan(cfg, cfg.method)
+        cfg.check_kind(preflight.kind_of_folder(plan.model))
+        return plan
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        super().__init__(loop)
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
-        self.schedule = self.generator.schedule
         self.cfg.check_kind(self.schedule.kind)
-        if self.scorer.one_set and course.accelerator.num_processes > 1:
+        if self.scorer.is_setwise and loop.accelerator.num_processes > 1:
             raise ValueError(f"reward: got {self.cfg.reward!r}, which scores samples as one set, expected 1 process")
         self.stds = [self.transition.std(self.schedule, i) for i in range(self.cfg.num_steps)]
         weighted = self.cfg.method == "tempflow" and self.cfg.of("noise_weight")
         self.step_weights = step_weights("tempflow" if weighted else "none", self.stds, self.schedule.levels)
+
+    def iteration(self, step: int) -> Iteration:
+        """Grow, score and credit this process's trees; then learn."""
+        trees = self.cfg.of("trees") if "trees" in METHODS[self.cfg.method] else 1
+        groups, (local,) = self.loop.groups(step, trees)
+        branches = self.sample(step, local)
+        values, scores = self.assign_advantages(step, branches, groups)
+        images, count = branches.tree.images, len(branches.tree) * self.loop.accelerator.num_processes
+        assert images is not None
+        drawn = [(images, branches.tree.leaf_prompts)]
+        return Iteration(values | self.update(step, branches), drawn, *scores.as_gathered, count)
+
+    def finish(self) -> None:
+        extra = self.state.extra
+        if self.state.step == self.cfg.steps and (alone := extra.get("denoiser_rows_unshared")):
+            rows = extra["denoiser_rows"]
+            self.run.say(f"sampling took {rows} rows of the denoiser, {1 - rows / alone:.0%} fewer than image by image")
 
     def forks(self, step: int) -> dict[int, Fork]:
         """Where this iteration's trees fork; growing nodes follow the ODE at all other steps."""
@@ -211,18 +236,24 @@ class TreeGRPO:
                 grad_mode=self.cfg.compile,
             )
         for name, rows in (("denoiser_rows", tree.forwards), ("denoiser_rows_unshared", tree.separate_forwards)):
-            rows *= self.course.accelerator.num_processes
-            self.parts.extra[name] = self.parts.extra.get(name, 0) + rows
+            rows *= self.loop.accelerator.num_processes
+            self.state.extra[name] = self.state.extra.get(name, 0) + rows
         return Branches(tree, torch.tensor([g.index for g, _ in roots])[tree.roots[-1]], {})
 
-    def assign_advantages(self, step: int, branches: Branches, groups: list[Group]) -> dict[str, float]:
-        """Advantages of the edges, from the leaves' rewards; `groups` are of all processes. Returns what to log."""
+    def assign_advantages(
+        self, step: int, branches: Branches, groups: list[Group]
+    ) -> tuple[dict[str, float], GatheredScores]:
+        """Advantages of the edges, from the leaves' rewards; returns what to log, and the scores.
+
+        Args:
+            groups: of all processes.
+        """
         tree, images = branches.tree, branches.tree.images
         assert images is not None
-        gathered = self.course.scoring.score(images, tree.leaf_prompts, branches.group_ids, self.cfg.batch_size)
-        rewards = self.scorer.combine(gathered.shaped, gathered.ids)
+        scores = self.loop.score(images, tree.leaf_prompts, branches.group_ids, self.cfg.batch_size)
+        rewards = self.scorer.combine(scores.shaped, scores.group_ids)
         if self.cfg.method == "b2_diffurl":
-            rewards = self.history_scores(step, rewards, gathered.ids, groups)
+            rewards = self.history_scores(step, rewards, scores.group_ids, groups)
         credit = {
             "branch_grpo": self.branch_credit,
             "tree_grpo": self.tree_credit,
@@ -230,8 +261,8 @@ class TreeGRPO:
             "tp_grpo": self.turning_point_credit,
             "b2_diffurl": self.selected_credit,
         }[self.cfg.method]
-        edges = credit(tree, branches.group_ids, gathered.mine(rewards))
-        failed = ~gathered.mine(gathered.valid)
+        edges = credit(tree, branches.group_ids, scores.local(rewards))
+        failed = ~scores.local(scores.valid)
         for i, advantages in edges.items():
             layer = tree.layers[i]
             spoilt = torch.zeros(len(layer.parents), dtype=torch.bool)
@@ -241,14 +272,14 @@ class TreeGRPO:
                 signs = advantages > 0
                 advantages *= torch.where(signs, self.cfg.of("positive_weight"), self.cfg.of("negative_weight"))
             if self.cfg.method == "branch_grpo":
-                spoilt |= ~self.kept(step, i, tree, gathered.mine(rewards))
+                spoilt |= ~self.kept(step, i, tree, scores.local(rewards))
             branches.advantages[i] = advantages.masked_fill(spoilt[layer.drawn], 0.0).to(tree.final.device)
-        self.seen = gathered.seen
         sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
-        return gathered.values() | {
-            "advantage_abs_mean": float(self.course.accelerator.reduce(sizes, "mean")),
+        values = scores.values() | {
+            "advantage_abs_mean": float(self.loop.accelerator.reduce(sizes, "mean")),
             "forwards_per_image": tree.forwards / len(tree),
         }
+        return values, scores
 
     # Credit: {step: advantages (E,) of all nodes after the step}; those that came by the ODE are not used ------------
 
@@ -311,7 +342,7 @@ class TreeGRPO:
 
     def history_scores(self, step: int, rewards: Tensor, ids: Tensor, groups: list[Group]) -> Tensor:
         """B2-DiffuRL's normalised rewards of all leaves, with the last stages' of the same prompt."""
-        memory = self.parts.extra
+        memory = self.state.extra
         past = [(k, p, values) for k, p, values in memory.get("history", []) if k >= step - self.cfg.of("history")]
         scores = torch.empty(len(rewards))
         texts = [groups[k].prompt for k in ids.tolist()]
@@ -346,7 +377,7 @@ class TreeGRPO:
                 actions, old, credit = layer.next_latents[edges], layer.log_probs[edges], advantages[edges]
 
                 def loss(
-                    i: int, prediction: Tensor, _reference: Tensor | None, latents=latents, starts=starts,
+                    i: int, prediction: Tensor, _others: Mapping[str, Tensor], latents=latents, starts=starts,
                     actions=actions, old=old, credit=credit, weight=weight,
                 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
                     gaussian = self.transition(self.schedule, i, latents, prediction)[0].take(starts)
@@ -359,10 +390,10 @@ class TreeGRPO:
 
     def update(self, step: int, branches: Branches) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, accelerator = self.cfg, self.course.accelerator
+        cfg, accelerator = self.cfg, self.loop.accelerator
         count = sum(int(a.ne(0).sum()) if cfg.method == "b2_diffurl" else len(a) for a in branches.advantages.values())
         edges = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
-        updates = Updates(self.parts, accelerator, step)
+        updates = Updates(self.state, accelerator, step)
         for _ in range(cfg.inner_epochs if edges else 0):  # where nothing is kept, no update is made
             with self.run.stage("train"):
                 updates.add(self.backward(branches, 1 / edges))
@@ -372,29 +403,11 @@ class TreeGRPO:
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    trees = cfg.of("trees") if "trees" in METHODS[cfg.method] else 1
-    plan = preflight.make_plan(cfg, cfg.method)
-    cfg.check_kind(preflight.kind_of_folder(plan.model))
-    with open_course(cfg, plan, cfg.prompts_per_step) as course:
-        trainer = TreeGRPO(course)
-        for step in course.steps():
-            groups, (mine,) = course.groups(step, trees)
-            branches = trainer.sample(step, mine)
-            values = trainer.assign_advantages(step, branches, groups)
-            values |= trainer.update(step, branches)
-            images, count = branches.tree.images, len(branches.tree) * course.accelerator.num_processes
-            assert images is not None
-            course.end_step(values, [(images, branches.tree.leaf_prompts)], *trainer.seen, count)
-        if course.parts.step == cfg.steps and (alone := course.parts.extra.get("denoiser_rows_unshared")):
-            rows = course.parts.extra["denoiser_rows"]
-            course.run.say(
-                f"sampling took {rows} rows of the denoiser, {1 - rows / alone:.0%} fewer than image by image"
-            )
-    return plan.folder
+    return train(TreeGRPO, cfg)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    outcome.launch(main, Config, argv, "tree_grpo", __doc__)
+    launch(TreeGRPO, argv)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Ours: rewards that go below 0 are shifted by their running minimum, weights are 
 clipped after they are weighted.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,14 +28,12 @@ from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
 from visalign.sampling.rollout import Trajectory, recompute, rollout
 from visalign.sampling.windows import trained_steps
-from visalign.training.before import options, preflight
-from visalign.training.loop.batches import Batch, cut
-from visalign.training.loop.course import Course, open_course, shown
+from visalign.training.before import options
+from visalign.training.loop.batches import Batch, GatheredScores, cut
 from visalign.training.loop.learning import Updates, add_gradients
-from visalign.training.run import outcome
+from visalign.training.loop.trainer import Trainer, launch, train
+from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
 from visalign.transitions import make_transition
-
-KINDS = ("flow",)
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,15 @@ class Config(options.CommonConfig):
         return min(5, self.num_steps) if self.absolute_steps is None else self.absolute_steps
 
 
-class VGPO:
-    """One process's part in the training: sampling, scoring, updating. The loop itself is `main`."""
+class VGPO(Trainer):
+    """Sampling, scoring the projection after each step, updating each step by its own advantage."""
 
-    def __init__(self, course: Course):
-        self.cfg, self.course, self.parts, self.run = course.cfg, course, course.parts, course.run
-        self.generator, scorer = self.parts.generator, self.parts.scorer
+    name, config, kinds = "vgpo", Config, ("flow",)
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        super().__init__(loop)
         self.transition = make_transition(self.cfg.sampler, eta=self.cfg.eta)
-        self.schedule = self.generator.schedule
-        preflight.check_kind(self.cfg.model, self.schedule.kind, KINDS)
-        if scorer.one_set or scorer.gives != "scores":
+        if self.scorer.is_setwise or self.scorer.output_kind != "scores":
             raise ValueError(
                 f"reward: got {self.cfg.reward!r}, which has no value for a sample by itself, expected one that scores "
                 "each (or each within its group): VGPO compares steps, too"
@@ -113,26 +111,32 @@ class VGPO:
         stochastic = [i for i in range(self.cfg.num_steps) if self.transition.std(self.schedule, i) > 0]
         self.trained = trained_steps(stochastic, self.cfg.timestep_fraction)
 
-    def sample(self, groups: list[Group]) -> list[Batch]:
-        """Images of some groups and of the projection after each step, in micro-batches; handed on to the reward."""
-        batches: list[Batch] = []
-        for some in cut(groups, self.cfg.batch_size):
+    def iteration(self, step: int) -> Iteration:
+        """Sample and score every step's projection; then learn."""
+        cfg, loop = self.cfg, self.loop
+        groups, (local,) = loop.groups(step, cfg.group_size, same_latents=cfg.same_latents)
+        submitted = [loop.submit(self.sample(local))]
+        scores = loop.collect(submitted)
+        advantages, values, seen = self.advantages(scores)
+        (batches,) = scores.assign(submitted, advantages.flatten())
+        return Iteration(values | self.update(step, batches), images_of([batches]), *seen, len(groups) * cfg.group_size)
+
+    def sample(self, groups: list[Group]) -> Iterator[Batch]:
+        """Images of some groups and of the projection after each step, in micro-batches."""
+        for samples in cut(groups, self.cfg.batch_size):
             with self.run.stage("rollout"):
                 trajectory = rollout(
                     self.generator,
-                    some.prompts,
-                    some.seeds,
+                    samples.prompts,
+                    samples.seeds,
                     self.transition,
-                    noise_seeds=some.noise_seeds,
+                    noise_seeds=samples.noise_seeds,
                     store_denoised=True,
                     grad_mode=self.cfg.compile,
                 )
             with self.run.stage("project"):
                 images = torch.cat(self.project(trajectory))
-            batches.append(Batch(trajectory, self.ids(some.ids), images))
-            self.course.scoring.add(batches[-1])
-        self.course.scoring.flush()
-        return batches
+            yield Batch(trajectory, self.ids(samples.ids), images)
 
     @torch.no_grad()
     def project(self, trajectory: Trajectory) -> list[Tensor]:
@@ -148,31 +152,32 @@ class VGPO:
         """The groups (T * N,) of the images after each step: at each step, a group is another one."""
         return torch.cat([i * self.cfg.prompts_per_step + group_ids for i in range(self.cfg.num_steps)])
 
-    def assign_advantages(self, batches: list[Batch]) -> dict[str, float]:
-        """Each step's advantages (T * N,), from the rewards of all processes; returns what to log."""
+    def advantages(self, scores: GatheredScores) -> tuple[Tensor, dict[str, float], tuple[Tensor, Tensor]]:
+        """Of each step (T, N), from the scores of all processes, 0 where failed; what to log, and what to watch.
+
+        What to watch are groups and rewards (N,) of the images, this process's first.
+        """
         cfg, count = self.cfg, self.cfg.num_steps
-        all_ = self.course.scoring.collect(batches)
-        rewards, valid = (v.view(count, -1) for v in (all_.rewards, all_.valid))  # step by step, group by group
-        group_ids = all_.ids.view(count, -1)[0]
+        rewards, valid = (v.view(count, -1) for v in (scores.total, scores.valid))  # step by step, group by group
+        group_ids = scores.group_ids.view(count, -1)[0]
         if cfg.negative_rewards == "refuse" and bool((rewards < 0).any()):
             raise ValueError(f"reward: got {float(rewards.min()):g}, expected >= 0 (or negative_rewards 'shift')")
-        rewards, self.parts.extra["reward_minimum"] = shift_rewards(
-            rewards, self.parts.extra.get("reward_minimum", 0.0)
+        rewards, self.state.extra["reward_minimum"] = shift_rewards(
+            rewards, self.state.extra.get("reward_minimum", 0.0)
         )
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
         advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std)
         advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage)
-        advantages = advantages * valid.all(0).double()  # 0: failed
-        all_.assign(batches, advantages.flatten())
+        advantages = advantages * valid.all(0).double()
         groups = group_statistics(values.mean(0), group_ids)
-        lowest = self.parts.extra["reward_minimum"]
-        here = torch.isin(group_ids, torch.cat([b.group_ids[: len(b.trajectory)] for b in batches]))
+        lowest = self.state.extra["reward_minimum"]
+        here = torch.isin(group_ids, scores.local(scores.group_ids))  # of its first step's images, as of all
         order = torch.cat([here.nonzero().flatten(), (~here).nonzero().flatten()])  # this process's first
-        self.seen = group_ids[order], (rewards[-1] + lowest)[order]
-        last = zip(all_.labels, all_.parts.view(len(all_.parts), count, -1)[:, -1])
-        named = {f"reward_{label}": float(part.mean()) for label, part in last} if len(all_.labels) > 1 else {}
-        return {
+        seen = group_ids[order], (rewards[-1] + lowest)[order]
+        last = {label: part.view(count, -1)[-1] for label, part in scores.parts.items()}
+        named = {f"reward_{label}": float(part.mean()) for label, part in last.items()} if len(last) > 1 else {}
+        log = {
             "reward_mean": float(rewards[-1].mean()) + lowest,
             "instant_reward_first": float(rewards[0].mean()) + lowest,
             "value_mean": float(values.mean()),
@@ -183,6 +188,7 @@ class VGPO:
             "failed_scores": int((~valid).sum()),
             **named,
         }
+        return advantages, log, seen
 
     def backward(self, batch: Batch, scale: float) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch: one pipeline call, backward in each trained step. Returns sums to log."""
@@ -194,12 +200,12 @@ class VGPO:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[:, rows]
 
-        def loss(i: int, prediction: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.loss(trajectory, i, prediction, advantages[i], reference)
+        def loss(i: int, prediction: Tensor, others: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.loss(trajectory, i, prediction, advantages[i], others.get("base"))
 
         states = {i: trajectory.latents[i] for i in self.trained}
-        base = self.parts.policy if self.cfg.kl_weight else None
-        return add_gradients(self.generator, trajectory.prompts, trajectory.seeds, states, loss, scale, base)
+        references = {"base": self.state.policy.reference} if self.cfg.kl_weight else {}
+        return add_gradients(self.generator, trajectory.prompts, trajectory.seeds, states, loss, scale, references)
 
     def loss(
         self, trajectory: Trajectory, i: int, prediction: Tensor, advantages: Tensor, reference: Tensor | None
@@ -220,7 +226,7 @@ class VGPO:
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, updates = self.cfg, Updates(self.parts, self.course.accelerator, step)
+        cfg, updates = self.cfg, Updates(self.state, self.loop.accelerator, step)
         scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
         for _ in range(cfg.inner_epochs):
             with self.run.stage("train"):
@@ -232,20 +238,11 @@ class VGPO:
 
 def main(cfg: Config) -> Path:
     """Train; returns the run folder."""
-    plan = preflight.make_plan(cfg, "vgpo", kinds=KINDS)
-    with open_course(cfg, plan, cfg.prompts_per_step) as course:
-        trainer = VGPO(course)
-        for step in course.steps():
-            groups, (mine,) = course.groups(step, cfg.group_size, same_latents=cfg.same_latents)
-            batches = trainer.sample(mine)
-            values = trainer.assign_advantages(batches)
-            values |= trainer.update(step, batches)
-            course.end_step(values, shown(batches), *trainer.seen, len(groups) * cfg.group_size)
-    return plan.folder
+    return train(VGPO, cfg)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    outcome.launch(main, Config, argv, "vgpo", __doc__)
+    launch(VGPO, argv)
 
 
 if __name__ == "__main__":

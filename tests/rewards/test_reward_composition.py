@@ -79,7 +79,7 @@ def test_each_combiner_is_its_aggregate_and_reports_raw_parts(file, name):
     torch.testing.assert_close(reward(IMAGES, PROMPTS, {"group_ids": IDS}), result.total)
     low, high = reward.range
     assert (result.total >= low - 1e-6).all() and (result.total <= high + 1e-6).all()
-    assert reward.gives == ("advantages" if name in ("normalised", "correlation") else "scores")
+    assert reward.output_kind == ("advantages" if name in ("normalised", "correlation") else "scores")
 
 
 def test_every_combiner_is_tested_here():
@@ -128,7 +128,7 @@ def test_gradients_reach_the_images_through_a_combination_of_differentiable_rewa
         reward = make_reward(mix(file, name))
         leaf = IMAGES.clone().requires_grad_()
         got = reward(leaf, PROMPTS, {"group_ids": IDS})
-        assert got.requires_grad == reward.differentiable == (reward.gives == "scores")
+        assert got.requires_grad == reward.differentiable == (reward.output_kind == "scores")
 
 
 def test_a_gate_of_weight_zero_decides_without_being_added(file):

@@ -14,7 +14,7 @@ from visalign.trainers import adjoint_matching
 from visalign.trainers.adjoint_matching import AdjointMatching, Config
 from visalign.training.before.preflight import make_plan
 from visalign.training.loop.batches import cut
-from visalign.training.loop.course import Course, open_course
+from visalign.training.loop.training_loop import TrainingLoop, open_training
 from visalign.training.reward_gradient.gradients import OTHERS
 from visalign.training.reward_gradient.parts import Learnt
 from visalign.transitions import MemorylessFlow, flow_sde, make_transition
@@ -175,31 +175,31 @@ def test_a_step_without_noise_is_refused():
 
 
 @pytest.fixture(scope="module")
-def course(options, world_files, tmp_path_factory):
+def loop(options, world_files, tmp_path_factory):
     (world_files / "light.py").write_text(
         "def light(images, prompts):\n    return images.flatten(1).mean(1)\n\n\nlight.differentiable = True\n"
     )
     kept = {k: v for k, v in options.items() if k in Config.__dataclass_fields__}
     changes = dict(reward=f"{world_files / 'light.py'}:light", num_steps=4, group_size=1, outlier_limit=0.0)
     cfg = Config(**{**kept, **changes, "run_dir": str(tmp_path_factory.mktemp("adjoint") / "run")})
-    with open_course(cfg, make_plan(cfg, "adjoint_matching"), cfg.prompts_per_step) as course:
-        yield course
+    with open_training(cfg, make_plan(cfg, "adjoint_matching"), cfg.prompts_per_step) as loop:
+        yield loop
 
 
-def trainer_of(course, **changes) -> AdjointMatching:
-    cfg = replace(course.cfg, **changes)
-    return AdjointMatching(Course(cfg, course.plan, course.accelerator, course.parts, course.run))
+def trainer_of(loop, **changes) -> AdjointMatching:
+    cfg = replace(loop.cfg, **changes)
+    return AdjointMatching(TrainingLoop(cfg, loop.plan, loop.accelerator, loop.state, loop.run))
 
 
 def drawn(trainer):
     cfg = trainer.cfg
-    groups = iteration_groups(trainer.course.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed)
+    groups = iteration_groups(trainer.loop.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed)
     [some] = cut(groups, 100)
     return some, trainer.sample(some)
 
 
-def test_the_first_adjoint_is_the_gradient_of_the_reward_along_the_whole_trajectory(course):
-    trainer = trainer_of(course, reward_scale=3.0)
+def test_the_first_adjoint_is_the_gradient_of_the_reward_along_the_whole_trajectory(loop):
+    trainer = trainer_of(loop, reward_scale=3.0)
     some, trajectory = drawn(trainer)
     states, found = trainer.adjoints(some, trajectory, Learnt())
     x, steps = states[0].clone().requires_grad_(), {}
@@ -216,8 +216,8 @@ def test_the_first_adjoint_is_the_gradient_of_the_reward_along_the_whole_traject
     assert steps[3].abs().max() < 1e-4  # the last step has no noise
 
 
-def test_adjoints_belong_to_the_base_and_the_loss_to_the_policy(course):
-    trainer = trainer_of(course)
+def test_adjoints_belong_to_the_base_and_the_loss_to_the_policy(loop):
+    trainer = trainer_of(loop)
     some, trajectory = drawn(trainer)
     states, found = trainer.adjoints(some, trajectory, Learnt())
     prediction = trainer.generator.predict(states[1], 1, some.prompts, some.seeds).detach()
@@ -225,34 +225,34 @@ def test_adjoints_belong_to_the_base_and_the_loss_to_the_policy(course):
     sigma, sigma_next = trainer.schedule.step(1)
     expected = trainer.stds[1] ** 2 * found[1].square().flatten(1).sum(1) / (sigma - sigma_next)
     torch.testing.assert_close(loss, expected)
-    fresh = {k: v.clone() for k, v in course.parts.policy.tensors().items()}
-    for p in course.parts.policy.trained.values():
+    fresh = {k: v.clone() for k, v in loop.state.policy.tensors().items()}
+    for p in loop.state.policy.trained.values():
         p.data += 0.05
     again = trainer.adjoints(some, trajectory, Learnt())[1]
-    course.parts.policy.load(fresh)
+    loop.state.policy.load(fresh)
     torch.testing.assert_close(again[0], found[0])
-    following = trainer_of(course, pairing="next").loss(states, found, 1, prediction, prediction)
+    following = trainer_of(loop, pairing="next").loss(states, found, 1, prediction, prediction)
     sizes = [found[k].square().flatten(1).sum(1) for k in (1, 2)]
     torch.testing.assert_close(following, expected / sizes[0] * sizes[1])
     assert trainer.noisy == [0, 1, 2] and trainer.stds[3] == 0
     limit = float(expected.min()) / trainer.cfg.reward_scale**2 / 2
-    assert (trainer_of(course, outlier_limit=limit).loss(states, found, 1, prediction, prediction) < expected).all()
+    assert (trainer_of(loop, outlier_limit=limit).loss(states, found, 1, prediction, prediction) < expected).all()
 
 
-def test_smoothing_averages_gradients_of_copies(course):
-    trainer, rough = trainer_of(course, smoothing=3, smoothing_noise=0.5), trainer_of(course)
+def test_smoothing_averages_gradients_of_copies(loop):
+    trainer, rough = trainer_of(loop, smoothing=3, smoothing_noise=0.5), trainer_of(loop)
     some, trajectory = drawn(rough)
     smooth, plain = (t.terminal(some, trajectory.final, Learnt()) for t in (trainer, rough))
     assert smooth.shape == plain.shape and (smooth - plain).norm() > 0.01 * plain.norm()
-    still = trainer_of(course, smoothing=3, smoothing_noise=0.0).terminal(some, trajectory.final, Learnt())
+    still = trainer_of(loop, smoothing=3, smoothing_noise=0.0).terminal(some, trajectory.final, Learnt())
     torch.testing.assert_close(still, plain)
     assert isinstance(rough.transition, MemorylessFlow)
 
 
-def test_a_diffusion_whose_last_step_has_noise_is_trained_too(course, tmp_path):
+def test_a_diffusion_whose_last_step_has_noise_is_trained_too(loop, tmp_path):
     changes = dict(model="shapes-diffusion", num_steps=4, steps=1, run_dir=str(tmp_path / "run"), judges="")
-    cfg = replace(course.cfg, **changes)
-    with open_course(cfg, make_plan(cfg, "adjoint_matching"), cfg.prompts_per_step) as other:
+    cfg = replace(loop.cfg, **changes)
+    with open_training(cfg, make_plan(cfg, "adjoint_matching"), cfg.prompts_per_step) as other:
         trainer = AdjointMatching(other)
         some, trajectory = drawn(trainer)
         states, found = trainer.adjoints(some, trajectory, Learnt())
@@ -262,15 +262,15 @@ def test_a_diffusion_whose_last_step_has_noise_is_trained_too(course, tmp_path):
         assert values["skipped_updates"] == 0 and values["matching_loss"] > 0
 
 
-def test_updates_raise_the_reward(course):
-    trainer = trainer_of(course, learning_rate=3e-3, reward_scale=30.0)
-    groups = iteration_groups(trainer.course.plan.prompts, 0, 2, 1, 0)
-    fresh, rewards = {k: v.clone() for k, v in course.parts.policy.tensors().items()}, []
-    course.parts.learning_rate, known = (lambda step: 3e-3), course.parts.learning_rate
+def test_updates_raise_the_reward(loop):
+    trainer = trainer_of(loop, learning_rate=3e-3, reward_scale=30.0)
+    groups = iteration_groups(trainer.loop.plan.prompts, 0, 2, 1, 0)
+    fresh, rewards = {k: v.clone() for k, v in loop.state.policy.tensors().items()}, []
+    loop.state.learning_rate, known = (lambda step: 3e-3), loop.state.learning_rate
     for step in range(8):
         rewards.append(trainer.update(step, groups)[0]["reward_mean"])
-    course.parts.learning_rate = known
-    course.parts.policy.load(fresh)
+    loop.state.learning_rate = known
+    loop.state.policy.load(fresh)
     assert rewards[-1] > rewards[0]
 
 

@@ -19,7 +19,7 @@ from visalign.trainers.ddpo import DDPO, Config, main
 from visalign.training.before import doctor, options, preflight
 from visalign.training.before.config import parse_config
 from visalign.training.loop import setup
-from visalign.training.loop.course import Course
+from visalign.training.loop.training_loop import TrainingLoop
 from visalign.training.run import outcome
 from visalign.training.run.folder import Run
 
@@ -64,14 +64,14 @@ class Bench:
     def __init__(self, folder, **options):
         self.cfg, self.accelerator = Config(**options), Accelerator()
         self.plan = preflight.make_plan(self.cfg, "ddpo")
-        self.parts = setup.build(self.cfg, self.plan, self.accelerator)
+        self.state = setup.build(self.cfg, self.plan, self.accelerator)
         self.run = Run(folder, main=True, total=2)
-        self.fresh = {k: v.clone() for k, v in self.parts.policy.tensors().items()}
+        self.fresh = {k: v.clone() for k, v in self.state.policy.tensors().items()}
         self._sampled = None
 
     def trainer(self, **changes) -> DDPO:
-        self.parts.extra = {}
-        return DDPO(Course(replace(self.cfg, **changes), self.plan, self.accelerator, self.parts, self.run))
+        self.state.extra = {}
+        return DDPO(TrainingLoop(replace(self.cfg, **changes), self.plan, self.accelerator, self.state, self.run))
 
     def sampled(self, trainer, step=0):
         cfg = trainer.cfg
@@ -89,13 +89,13 @@ class Bench:
 
     def move(self, size=0.02):
         generator = torch.Generator().manual_seed(0)
-        for p in self.parts.policy.trained.values():
+        for p in self.state.policy.trained.values():
             p.data += size * torch.randn(p.shape, generator=generator)
 
     def flat_gradient(self):
-        parameters = self.parts.policy.trained.values()
+        parameters = self.state.policy.trained.values()
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        self.parts.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
         return flat
 
     def gradient(self, trainer, batch, steps=None, scale=1.0):
@@ -107,15 +107,15 @@ class Bench:
         columns = []
         for i in trajectory.steps:
             latents = trajectory.latents[i]
-            prediction = self.parts.generator.predict(latents, i, trajectory.prompts, trajectory.seeds)
+            prediction = self.state.generator.predict(latents, i, trajectory.prompts, trajectory.seeds)
             log_prob = step_log_prob(trajectory, i, prediction, trainer.transition)
             columns.append(log_prob - trajectory.log_probs[i])
         return torch.stack(columns, dim=1)
 
     def reset(self):
-        self.parts.policy.load(self.fresh)
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        self.parts.optimizer.state.clear()
+        self.state.policy.load(self.fresh)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.state.clear()
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_before_the_first_update_every_ratio_is_exactly_1_and_the_loss_is_minus_
         seen.append(i)
 
     for states in trainer.calls(batch.trajectory, steps):
-        bench.parts.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
+        bench.state.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
     assert seen == steps
 
 
@@ -240,13 +240,13 @@ def test_the_kl_alone_has_a_gradient_and_is_zero_for_a_fresh_lora_on_text_encode
 
 def test_only_the_text_encoder_gets_a_gradient_and_every_call_encodes_anew(benches):
     bench = benches("text")
-    policy, generator = bench.parts.policy, bench.parts.generator
+    policy, generator = bench.state.policy, bench.state.generator
     assert policy.texts == ["text_encoder"] and all(n.startswith("text_encoder.") for n in policy.trained)
     trainer, batch = bench.trainer(), bench.recorded()
     trainer.backward(batch, [0, 1], 1.0)
     assert all(p.grad is None for p in generator.denoiser.parameters())
     assert any(p.grad is not None and p.grad.norm() > 0 for p in policy.trained.values())
-    bench.parts.optimizer.zero_grad(set_to_none=True)
+    bench.state.optimizer.zero_grad(set_to_none=True)
     call = (generator.noise(["a red circle"], [1]), 1, ["a red circle"], [1])
     with torch.no_grad():
         before = generator.predict(*call)
@@ -340,9 +340,9 @@ def test_inner_epochs_and_updates_per_step_make_that_many_updates(benches):
     bench = benches("lcm")
     for changes, count in ((dict(updates_per_step=2), 2), (dict(inner_epochs=2, updates_per_step=2), 4)):
         bench.reset()
-        updates, batch = bench.parts.average.updates, bench.recorded()
+        updates, batch = bench.state.average.updates, bench.recorded()
         bench.trainer(**changes).update(0, [[batch], [batch]])
-        assert bench.parts.average.updates == updates + count
+        assert bench.state.average.updates == updates + count
 
 
 MISTAKES = [
@@ -384,7 +384,15 @@ def test_flow_grpo_names_this_trainer_when_it_refuses_a_model(options, folders, 
 
 def test_every_option_is_read_by_the_trainer():
     used = set()
-    for module in (ddpo, options, preflight, setup, outcome, doctor, sys.modules["visalign.training.loop.course"]):
+    for module in (
+        ddpo,
+        options,
+        preflight,
+        setup,
+        outcome,
+        doctor,
+        sys.modules["visalign.training.loop.training_loop"],
+    ):
         tree = ast.parse(Path(module.__file__).read_text())
         checks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in CHECKS]
         skipped = {id(inner) for check in checks for inner in ast.walk(check)}

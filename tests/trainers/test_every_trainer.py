@@ -161,7 +161,7 @@ def test_an_alarm_of_an_evaluation_stops_the_run_with_its_last_words(given, tmp_
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_logged_as_json(given, tmp_path, monkeypatch, name):
-    apply, seen = setup.Parts.apply_gradients, []
+    apply, seen = setup.TrainState.apply_gradients, []
 
     def spoilt(self, accelerator, step):
         if step == 0:
@@ -173,7 +173,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_logged_as_json(giv
         assert all(p.grad is None for p in self.policy.trained.values())
         return norm
 
-    monkeypatch.setattr(setup.Parts, "apply_gradients", spoilt)
+    monkeypatch.setattr(setup.TrainState, "apply_gradients", spoilt)
     folder = run(given, name, tmp_path / "run", eval_every=0, keep=9)
     assert all(kept == (step == 0) for step, kept in seen) and {step for step, _ in seen} == {0, 1}
     values, state = load_checkpoint(folder / "checkpoints" / "step-1")
@@ -195,7 +195,7 @@ def test_a_reward_that_is_not_a_number_ends_the_run_with_one_line_or_is_not_lear
 
     def built(self, *args, **kwargs):  # from the evaluation before on: that one has its scores
         begin(self, *args, **kwargs)
-        self.parts.judges = {"reward": lambda images, prompts: torch.zeros(len(prompts))}
+        self.state.judges = {"reward": lambda images, prompts: torch.zeros(len(prompts))}
         monkeypatch.setenv("TEST_NAN", "1")
 
     monkeypatch.setattr(case.trainer, "__init__", built)

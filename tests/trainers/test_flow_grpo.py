@@ -15,8 +15,8 @@ from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training.before import preflight
 from visalign.training.loop import setup
-from visalign.training.loop.course import Course
 from visalign.training.loop.scoring import Scorer
+from visalign.training.loop.training_loop import TrainingLoop
 from visalign.training.run.checkpoint import load_checkpoint
 from visalign.training.run.folder import Run, read_metrics
 
@@ -28,14 +28,14 @@ class Bench:
         self.cfg = Config(**options)
         self.accelerator = Accelerator()
         self.plan = preflight.make_plan(self.cfg)
-        self.parts = setup.build(self.cfg, self.plan, self.accelerator)
+        self.state = setup.build(self.cfg, self.plan, self.accelerator)
         self.run = Run(folder, main=True, total=2)
         self._recorded = []
-        self.fresh = {k: v.clone() for k, v in self.parts.policy.tensors().items()}
+        self.fresh = {k: v.clone() for k, v in self.state.policy.tensors().items()}
 
     def trainer(self, reward=None, threads=0, **changes) -> FlowGRPO:
-        parts = replace(self.parts, scorer=Scorer(reward, torch.device("cpu"), threads)) if reward else self.parts
-        return FlowGRPO(Course(replace(self.cfg, **changes), self.plan, self.accelerator, parts, self.run))
+        parts = replace(self.state, scorer=Scorer(reward, torch.device("cpu"), threads)) if reward else self.state
+        return FlowGRPO(TrainingLoop(replace(self.cfg, **changes), self.plan, self.accelerator, parts, self.run))
 
     def sampled(self, trainer, step=0):
         cfg = trainer.cfg
@@ -54,17 +54,17 @@ class Bench:
 
     def move(self, size=0.02, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        for p in self.parts.policy.trained.values():
+        for p in self.state.policy.trained.values():
             p.data += size * torch.randn(p.shape, generator=generator)
 
     def reset(self):
-        self.parts.policy.load(self.fresh)
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        self.parts.optimizer.state.clear()
+        self.state.policy.load(self.fresh)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.state.clear()
 
     def walk(self, batch, look, steps):
         trajectory, states = batch.trajectory, {i: batch.trajectory.latents[i] for i in steps}
-        self.parts.generator.denoise(trajectory.prompts, trajectory.seeds, look, latents=states)
+        self.state.generator.denoise(trajectory.prompts, trajectory.seeds, look, latents=states)
 
     def gradient(self, trainer, batches, step=0):
         """The flat gradient of one pass over the batches, and the sums to log."""
@@ -74,9 +74,9 @@ class Bench:
                 batch, trainer.steps_to_train(step, batch.trajectory.steps), 1.0
             ).items():
                 sums[name] = sums.get(name, 0) + value
-        parameters = self.parts.policy.trained.values()
+        parameters = self.state.policy.trained.values()
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        self.parts.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
         return flat, sums
 
 
@@ -162,7 +162,7 @@ def test_skipping_samples_without_signal_does_not_change_the_gradient(bench):
         batch.advantages[batch.group_ids == 0] = 0.0
     batches[-1].advantages[-1] = 0.0
     forwards = []
-    hook = bench.parts.policy.module.register_forward_pre_hook(
+    hook = bench.state.policy.module.register_forward_pre_hook(
         lambda _m, args, kwargs: forwards.append(1), with_kwargs=True
     )
     whole, sums = bench.gradient(bench.trainer(skip_zero_advantages=False), batches)
@@ -381,11 +381,11 @@ def test_inner_epochs_and_updates_per_step_make_that_many_updates(bench):
         bench.reset()
         batches = bench.recorded()
         shares = [[b] for b in batches] if count > 1 else [batches]
-        before, bench.parts.average.updates = bench.parts.average.updates, 0
+        before, bench.state.average.updates = bench.state.average.updates, 0
         values = trainer.update(0, shares)
-        assert bench.parts.average.updates == count
+        assert bench.state.average.updates == count
         assert (values["ratio_mean"] == 1) == (count == 1)
-        bench.parts.average.updates = before
+        bench.state.average.updates = before
 
 
 def test_the_gradient_norm_is_clipped(bench):
@@ -394,12 +394,12 @@ def test_the_gradient_norm_is_clipped(bench):
     norms = {}
     for limit in (0.0, 1e-6):
         bench.reset()
-        bench.parts.max_grad_norm = limit
+        bench.state.max_grad_norm = limit
         norms[limit] = trainer.update(0, [batches])["grad_norm"]
-        state = next(iter(bench.parts.optimizer.state.values()))
-        total = sum(float(s["exp_avg"].norm()) ** 2 for s in bench.parts.optimizer.state.values()) ** 0.5 / 0.1
+        state = next(iter(bench.state.optimizer.state.values()))
+        total = sum(float(s["exp_avg"].norm()) ** 2 for s in bench.state.optimizer.state.values()) ** 0.5 / 0.1
         assert state["step"] == 1 and total == pytest.approx(min(norms[limit], limit or 1e9), rel=1e-3)
-    bench.parts.max_grad_norm = 1.0
+    bench.state.max_grad_norm = 1.0
     assert norms[0.0] > 1e-6 and norms[1e-6] == pytest.approx(norms[0.0]), "reported before clipping"
 
 

@@ -26,9 +26,10 @@ from visalign.trainers import reward_backprop
 from visalign.trainers.reward_backprop import Config, RewardBackprop, main
 from visalign.training.before import options, preflight
 from visalign.training.before.config import parse_config
-from visalign.training.loop import course, setup
-from visalign.training.loop.course import Course
+from visalign.training.loop import setup
+from visalign.training.loop import training_loop as loop
 from visalign.training.loop.scoring import Scorer
+from visalign.training.loop.training_loop import TrainingLoop
 from visalign.training.policy import scaled_change
 from visalign.training.reward_gradient import options as backprop_options
 from visalign.training.reward_gradient import parts as backprop_parts
@@ -84,20 +85,20 @@ class Bench:
         self.cfg = Config(**given)
         self.accelerator = Accelerator()
         self.plan = preflight.make_plan(self.cfg, "reward_backprop")
-        self.parts = setup.build(self.cfg, self.plan, self.accelerator)
+        self.state = setup.build(self.cfg, self.plan, self.accelerator)
         self.run = Run(folder, main=True, total=2)
         generator = torch.Generator().manual_seed(0)
-        for p in self.parts.policy.trained.values():
+        for p in self.state.policy.trained.values():
             p.data += 0.02 * torch.randn(p.shape, generator=generator)
-        self.fresh = {k: v.clone() for k, v in self.parts.policy.tensors().items()}
+        self.fresh = {k: v.clone() for k, v in self.state.policy.tensors().items()}
         self.known = {}
 
     def trainer(self, **changes) -> RewardBackprop:
         cfg = replace(self.cfg, **changes)
         scorer = Scorer(make_reward(cfg.reward), torch.device("cpu"))
         pictures = DrawnShapes() if cfg.data else None
-        parts = replace(self.parts, scorer=scorer)
-        return RewardBackprop(Course(cfg, self.plan, self.accelerator, parts, self.run), pictures)
+        parts = replace(self.state, scorer=scorer)
+        return RewardBackprop(TrainingLoop(cfg, self.plan, self.accelerator, parts, self.run), pictures)
 
     def groups(self, trainer, step=0):
         cfg = trainer.cfg
@@ -111,12 +112,12 @@ class Bench:
         def keep(_accelerator, _step):
             kept.extend(
                 (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                for p in self.parts.policy.trained.values()
+                for p in self.state.policy.trained.values()
             )
-            self.parts.optimizer.zero_grad(set_to_none=True)
+            self.state.optimizer.zero_grad(set_to_none=True)
             return 0.0
 
-        trainer.parts.apply_gradients = keep
+        trainer.state.apply_gradients = keep
         groups = self.groups(trainer, step) if groups is None else groups
         values, learnt = trainer.update(step, groups)
         return torch.cat(kept), values, learnt
@@ -166,25 +167,25 @@ def test_draft_over_all_steps_is_the_slope_of_the_reward_along_any_direction(ben
         moved = torch.cat([p.flatten() for p in bench.fresh.values()]) + sign * 2e-4 * direction
         parts = moved.split([p.numel() for p in bench.fresh.values()])
         named = {name: part.view_as(p) for (name, p), part in zip(bench.fresh.items(), parts)}
-        with bench.parts.policy.swapped(named):
+        with bench.state.policy.swapped(named):
             ends.append(bench.gradient(trainer=trainer)[1]["reward_mean"])
     assert (ends[0] - ends[1]) / 4e-4 == pytest.approx(-float(gradient.norm()), rel=0.03), "the loss falls, it rises"
 
 
 def test_only_the_policy_gets_gradients_and_only_the_last_calls_have_one(bench):
     seen = []
-    hook = bench.parts.policy.module.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    hook = bench.state.policy.module.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     trainer = bench.trainer(grad_steps=2, reward="clip_match")
     for batch in batches(trainer.cfg, trainer.generator, None, None, bench.groups(trainer)):
         trainer.learn_by_reward(0, batch, Learnt(), 1.0)
     hook.remove()
     assert seen == [False, False, True, True] + [False] * 4, "the last four are stubs, on the way to the decoder"
-    pipeline, reward = trainer.generator.pipeline, trainer.parts.scorer.reward
-    own = {id(p) for p in bench.parts.policy.trained.values()}
+    pipeline, reward = trainer.generator.pipeline, trainer.state.scorer.reward
+    own = {id(p) for p in bench.state.policy.trained.values()}
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)] + [reward._clip.encoder.model]
     assert all(p.grad is None for m in modules for p in m.parameters() if id(p) not in own)
-    assert any(p.grad is not None for p in bench.parts.policy.trained.values())
-    bench.parts.optimizer.zero_grad(set_to_none=True)
+    assert any(p.grad is not None for p in bench.state.policy.trained.values())
+    bench.state.optimizer.zero_grad(set_to_none=True)
 
 
 def saved_bytes(function):
@@ -239,25 +240,25 @@ def test_recomputing_changes_no_gradient_and_saves_memory(bench):
     for option in ("checkpoint_calls", "decode_checkpointing", "decode_slicing", "decode_tiling"):
         other, _, _ = bench.gradient(grad_steps=2, **{option: True})
         assert close(plain, other, 1e-4), option
-    vae = bench.parts.generator.pipeline.vae
+    vae = bench.state.generator.pipeline.vae
     vae.disable_slicing()
     vae.disable_tiling()
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     sizes, gradients = [], []
     for calls in ([], [(vae, "_decode")]):
         with checkpointed(*calls):
-            size, images = saved_bytes(lambda: bench.parts.generator.decode(latents, ["a", "b"]))
+            size, images = saved_bytes(lambda: bench.state.generator.decode(latents, ["a", "b"]))
         sizes.append(size)
         gradients.append(torch.autograd.grad(images.square().sum(), latents)[0])
     assert sizes[1] < 0.2 * sizes[0]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
     swapped = latents.detach().flip(0).requires_grad_()
-    (other,) = torch.autograd.grad(bench.parts.generator.decode(swapped, ["b", "a"]).square().sum(), swapped)
+    (other,) = torch.autograd.grad(bench.state.generator.decode(swapped, ["b", "a"]).square().sum(), swapped)
     torch.testing.assert_close(other.flip(0), gradients[0], rtol=1e-3, atol=1e-5)
 
 
 def test_the_clamp_of_the_decoder_lets_no_gradient_through_outside(bench, monkeypatch):
-    generator = bench.parts.generator
+    generator = bench.state.generator
     monkeypatch.setattr(generator.pipeline.vae, "decode", lambda z, return_dict=False: (z[:, :3],))
     latents = torch.zeros(1, 4, 16, 16)
     latents[0, 0, 0, 0], latents[0, 0, 0, 1] = 50.0, -50.0
@@ -273,7 +274,7 @@ def test_the_clamp_of_the_decoder_lets_no_gradient_through_outside(bench, monkey
 
 
 def test_a_prediction_at_another_steps_timestep_is_that_steps(bench):
-    generator = bench.parts.generator
+    generator = bench.state.generator
     x = generator.noise(["a red circle"], [0])
     with torch.no_grad():
         wanted = generator.predict(x, 2, ["a red circle"])
@@ -355,7 +356,7 @@ def test_outside_the_time_mask_only_the_denoising_loss_is_left(bench):
 
 def test_staying_close_costs_nothing_at_the_start(bench):
     zero = {name: torch.zeros_like(v) if ".lora_B." in name else v for name, v in bench.fresh.items()}
-    with bench.parts.policy.swapped(zero):
+    with bench.state.policy.swapped(zero):
         for given in (dict(anchor_weight=1.0), dict(kl_weight=1.0, sampler="flow_sde"), dict(start_decay=1.0)):
             flat, values, _ = bench.gradient(reward_weight=0.0, **given)
             assert flat.abs().max() < 1e-9 and values.get("kl", 0) == 0 == values.get("anchor", 0)
@@ -363,7 +364,7 @@ def test_staying_close_costs_nothing_at_the_start(bench):
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bench):
     trainer = bench.trainer()
-    before = {k: v.clone() for k, v in bench.parts.policy.tensors().items()}
+    before = {k: v.clone() for k, v in bench.state.policy.tensors().items()}
 
     def nothing(images, prompts):
         return images.flatten(1).sum(1) * torch.nan
@@ -371,12 +372,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bench):
     nothing.differentiable = True
     trainer.reward = replace(trainer.reward, reward=as_reward(nothing))
     values, learnt = trainer.update(0, bench.groups(trainer))
-    assert trainer.parts.skipped == 1 and values["skipped_updates"] == 1 and not learnt.shown
-    assert all(torch.equal(v, before[k]) for k, v in bench.parts.policy.tensors().items())
+    assert trainer.state.skipped == 1 and values["skipped_updates"] == 1 and not learnt.shown
+    assert all(torch.equal(v, before[k]) for k, v in bench.state.policy.tensors().items())
 
 
 def test_the_change_of_the_weights_can_be_scaled_away(bench):
-    generator, policy = bench.parts.generator, bench.parts.policy
+    generator, policy = bench.state.generator, bench.state.policy
     with torch.no_grad():
         x = generator.noise(["a red circle"], [0])
         with policy.reference():
@@ -513,8 +514,8 @@ def test_the_condition_of_drawn_shapes_is_read_back_from_them():
 
 def test_encoding_is_undone_by_the_pipeline_or_refused(bench):
     pictures = DrawnShapes().draw(["a red circle"], [0], (64, 64)).pictures
-    latents = Encoder(bench.parts.generator)(pictures, ["a red circle"])
-    back = bench.parts.generator.decode(latents, ["a red circle"])
+    latents = Encoder(bench.state.generator)(pictures, ["a red circle"])
+    back = bench.state.generator.decode(latents, ["a red circle"])
     assert (back - pictures).abs().mean() < 0.05
     flux = Generator(tiny.make("FLUX.1"), num_steps=2, **tiny.FAMILIES["FLUX.1"].options)
     with pytest.raises(ValueError, match="expected one that samples the vae's own latents"):
@@ -577,7 +578,7 @@ def test_other_families_train(base, bright, models, tmp_path, monkeypatch, model
         modules = [m for m in self.generator.pipeline.components.values() if isinstance(m, torch.nn.Module)]
         modules += [self.teacher.denoiser] if self.teacher else []
         assert all(p.grad is None for m in modules for p in m.parameters()), "the optimiser has freed its own"
-        trained.add(next(iter(self.parts.policy.modules)))
+        trained.add(next(iter(self.state.policy.modules)))
         return out
 
     monkeypatch.setattr(RewardBackprop, "update", watched)
@@ -654,7 +655,7 @@ def test_there_is_a_recipe_of_every_method():
 
 def test_every_option_is_read():
     used = set()
-    modules = (reward_backprop, backprop_parts, course, options, preflight, setup, outcome)
+    modules = (reward_backprop, backprop_parts, loop, options, preflight, setup, outcome)
     for module in modules:
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.Attribute) and "cfg" in (getattr(node.value, n, "") for n in ("id", "attr")):

@@ -18,7 +18,7 @@ from visalign.trainers import tree_grpo
 from visalign.trainers.tree_grpo import METHODS, Config, TreeGRPO, main
 from visalign.training.before.config import parse_config
 from visalign.training.before.preflight import make_plan
-from visalign.training.loop.course import open_course
+from visalign.training.loop.training_loop import open_training
 from visalign.training.run.folder import read_metrics
 
 SMALL = {
@@ -36,37 +36,37 @@ def small(options):
 
 
 @pytest.fixture(scope="module")
-def course(small, tmp_path_factory):
+def loop(small, tmp_path_factory):
     cfg = Config(**small, **SMALL["branch_grpo"], run_dir=str(tmp_path_factory.mktemp("tree") / "run"))
-    with open_course(cfg, make_plan(cfg, "tree"), cfg.prompts_per_step) as course:
-        course.fresh = {k: v.clone() for k, v in course.parts.policy.tensors().items()}
-        yield course
+    with open_training(cfg, make_plan(cfg, "tree"), cfg.prompts_per_step) as loop:
+        loop.fresh = {k: v.clone() for k, v in loop.state.policy.tensors().items()}
+        yield loop
 
 
 @pytest.fixture(autouse=True)
 def as_built(request):
     yield
-    if "course" in request.fixturenames:
-        course = request.getfixturevalue("course")
-        course.parts.policy.load(course.fresh)
-        course.parts.optimizer.zero_grad(set_to_none=True)
-        course.parts.optimizer.state.clear()
-        course.parts.extra.clear()
+    if "loop" in request.fixturenames:
+        loop = request.getfixturevalue("loop")
+        loop.state.policy.load(loop.fresh)
+        loop.state.optimizer.zero_grad(set_to_none=True)
+        loop.state.optimizer.state.clear()
+        loop.state.extra.clear()
 
 
-def trainer_of(course, method="branch_grpo", **changes) -> TreeGRPO:
-    bare = {k: v for k, v in asdict(course.cfg).items() if k not in ("split_steps", "method")}
-    given, course.cfg = course.cfg, Config(**{**bare, "method": method, **SMALL[method], **changes})
+def trainer_of(loop, method="branch_grpo", **changes) -> TreeGRPO:
+    bare = {k: v for k, v in asdict(loop.cfg).items() if k not in ("split_steps", "method")}
+    given, loop.cfg = loop.cfg, Config(**{**bare, "method": method, **SMALL[method], **changes})
     try:
-        return TreeGRPO(course)
+        return TreeGRPO(loop)
     finally:
-        course.cfg = given
+        loop.cfg = given
 
 
 def sampled(trainer, step=0):
     cfg = trainer.cfg
     trees = cfg.of("trees") if "trees" in METHODS[cfg.method] else 1
-    groups = iteration_groups(trainer.course.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
+    groups = iteration_groups(trainer.loop.plan.prompts, step, cfg.prompts_per_step, trees, cfg.seed)
     with torch.no_grad():
         branches = trainer.sample(step, groups)
     return branches, groups
@@ -81,23 +81,23 @@ def brightness(tree):
     return tree.images.flatten(1).mean(1)
 
 
-def move(course, size=0.02):
+def move(loop, size=0.02):
     generator = torch.Generator().manual_seed(0)
-    for p in course.parts.policy.trained.values():
+    for p in loop.state.policy.trained.values():
         p.data += size * torch.randn(p.shape, generator=generator)
 
 
 def gradient(trainer, branches):
     sums = trainer.backward(branches, 1.0)
-    parameters = trainer.parts.policy.trained.values()
+    parameters = trainer.state.policy.trained.values()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    trainer.parts.optimizer.zero_grad(set_to_none=True)
+    trainer.state.optimizer.zero_grad(set_to_none=True)
     return flat, sums
 
 
 def naive_gradient(trainer, branches):
     """Every edge by itself: a forward each."""
-    tree, course = branches.tree, trainer.course
+    tree, loop = branches.tree, trainer.loop
     weights = tempflow_weights(trainer.stds)
     for i, advantages in branches.advantages.items():
         layer = tree.layers[i]
@@ -105,16 +105,16 @@ def naive_gradient(trainer, branches):
             node = int(layer.parents[edge])
             root = int(tree.roots[i][node])
             latents = layer.latents[node : node + 1]
-            prediction = course.parts.generator.predict(latents, i, [tree.prompts[root]], [tree.seeds[root]])
+            prediction = loop.state.generator.predict(latents, i, [tree.prompts[root]], [tree.seeds[root]])
             gaussian = trainer.transition(trainer.schedule, i, latents, prediction)[0]
             log_prob = gaussian.log_prob(layer.next_latents[k : k + 1])
             loss, _ = clipped_surrogate(
                 log_prob, layer.log_probs[k : k + 1], advantages[k : k + 1], trainer.cfg.clip_range
             )
             (loss.sum() * (weights[i] if trainer.cfg.method == "tempflow" else 1.0)).backward()
-    parameters = course.parts.policy.trained.values()
+    parameters = loop.state.policy.trained.values()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    course.parts.optimizer.zero_grad(set_to_none=True)
+    loop.state.optimizer.zero_grad(set_to_none=True)
     return flat
 
 
@@ -131,9 +131,9 @@ def naive_gradient(trainer, branches):
         ("b2_diffurl", 6, [0, 1, 2, 3], 2 * (1 + 1 + 1 + 3)),
     ],
 )
-def test_trees_have_the_methods_form_and_their_prefix_is_denoised_once(course, method, leaves, steps, rows):
-    trainer, counted = trainer_of(course, method), []
-    block = course.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
+def test_trees_have_the_methods_form_and_their_prefix_is_denoised_once(loop, method, leaves, steps, rows):
+    trainer, counted = trainer_of(loop, method), []
+    block = loop.state.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
     hook = block.register_forward_pre_hook(lambda _m, args, kwargs: counted.append(kwargs), with_kwargs=True)
     branches, _ = sampled(trainer)
     hook.remove()
@@ -142,11 +142,11 @@ def test_trees_have_the_methods_form_and_their_prefix_is_denoised_once(course, m
     assert sum(len(kwargs["hidden_states"]) for kwargs in counted) == tree.forwards < tree.separate_forwards
     assert rows is None or tree.forwards == rows
     assert steps is None or trainer.noisy_steps(tree) == steps
-    assert course.parts.extra == {"denoiser_rows": tree.forwards, "denoiser_rows_unshared": leaves * 4}
+    assert loop.state.extra == {"denoiser_rows": tree.forwards, "denoiser_rows_unshared": leaves * 4}
 
 
-def test_branch_advantages_are_of_the_nodes_means_at_their_depth(course):
-    trainer = trainer_of(course)
+def test_branch_advantages_are_of_the_nodes_means_at_their_depth(loop):
+    trainer = trainer_of(loop)
     branches, _ = assigned(trainer)
     rewards = brightness(branches.tree).view(2, 2, 2)  # tree, first split, second split
     nodes = rewards.mean(2)
@@ -157,53 +157,53 @@ def test_branch_advantages_are_of_the_nodes_means_at_their_depth(course):
     torch.testing.assert_close(branches.advantages[2], wanted.flatten(), atol=1e-4, rtol=0)
 
 
-def test_stochastic_steps_between_the_splits_are_trained_with_their_nodes(course):
-    branches, _ = assigned(trainer_of(course, between="sde"))
+def test_stochastic_steps_between_the_splits_are_trained_with_their_nodes(loop):
+    branches, _ = assigned(trainer_of(loop, between="sde"))
     assert list(branches.advantages) == [0, 1, 2, 3]
     assert torch.equal(branches.advantages[0], branches.advantages[1])
     assert torch.equal(branches.advantages[2], branches.advantages[3])
-    alone, _ = assigned(trainer_of(course, between="sde", split_steps=(2,)))
+    alone, _ = assigned(trainer_of(loop, between="sde", split_steps=(2,)))
     assert alone.advantages[0].abs().max() == 0 < alone.advantages[2].abs().max(), "one node at that depth"
 
 
-def test_pruning_leaves_edges_out_and_keeps_the_others_as_they_are(course):
-    whole, _ = assigned(trainer_of(course))
-    best, _ = assigned(trainer_of(course, prune="half"))
+def test_pruning_leaves_edges_out_and_keeps_the_others_as_they_are(loop):
+    whole, _ = assigned(trainer_of(loop))
+    best, _ = assigned(trainer_of(loop, prune="half"))
     rewards = brightness(whole.tree).view(-1, 2)  # pairs of the last split, of two children
     kept = torch.stack([rewards[:, 0] >= rewards[:, 1], rewards[:, 0] < rewards[:, 1]], 1).flatten()
     assert torch.equal(best.advantages[2], whole.advantages[2] * kept) and kept.sum() == 4
     assert torch.equal(best.advantages[0], whole.advantages[0])  # each first branch has a leaf that is kept
-    both, _ = assigned(trainer_of(course, prune="extremes"))
+    both, _ = assigned(trainer_of(loop, prune="extremes"))
     assert all(torch.equal(both.advantages[i], whole.advantages[i]) for i in (0, 2))  # of two, both
     for step, left_out in ((0, 0), (4, 2)):  # depth 1 at first, depth 3 after two moves
-        some, _ = assigned(trainer_of(course, prune_depths=1, window_iterations=2), step)
-        again, _ = assigned(trainer_of(course), step)
+        some, _ = assigned(trainer_of(loop, prune_depths=1, window_iterations=2), step)
+        again, _ = assigned(trainer_of(loop), step)
         for i in (0, 2):
             assert torch.equal(some.advantages[i], again.advantages[i] * (i != left_out))
 
 
-def test_tree_advantages_are_the_leaves_and_backwards_their_mean_without_normalising_again(course):
-    trainer = trainer_of(course, "tree_grpo")
+def test_tree_advantages_are_the_leaves_and_backwards_their_mean_without_normalising_again(loop):
+    trainer = trainer_of(loop, "tree_grpo")
     branches, _ = assigned(trainer)
     leaves = brightness(branches.tree).view(2, 4)
     wanted = (leaves - leaves.mean(1, keepdim=True)) / leaves.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(branches.advantages[1], wanted.flatten(), atol=1e-4, rtol=0)
     torch.testing.assert_close(branches.advantages[0], wanted.view(2, 2, 2).mean(2).flatten(), atol=1e-4, rtol=0)
-    weighted, _ = assigned(trainer_of(course, "tree_grpo", backup="softmax"))
+    weighted, _ = assigned(trainer_of(loop, "tree_grpo", backup="softmax"))
     assert torch.equal(weighted.advantages[1], branches.advantages[1])
     assert 0 < (weighted.advantages[0] - branches.advantages[0]).abs().max() < 0.1, "almost uniform"
 
 
-def test_tempflow_compares_what_branched_off_at_the_same_step(course):
-    branches, _ = assigned(trainer_of(course, "tempflow"))
+def test_tempflow_compares_what_branched_off_at_the_same_step(loop):
+    branches, _ = assigned(trainer_of(loop, "tempflow"))
     rewards = brightness(branches.tree).view(2, 4)
     for i, columns in ((0, [0, 1]), (2, [2, 3])):
         wanted = group_advantages(rewards[:, columns].flatten(), torch.tensor([0, 0, 1, 1]))
         assert torch.equal(branches.advantages[i], wanted)
 
 
-def test_turning_point_credit_is_normalised_by_prompt_and_step(course):
-    trainer = trainer_of(course, "tp_grpo", trees=3)
+def test_turning_point_credit_is_normalised_by_prompt_and_step(loop):
+    trainer = trainer_of(loop, "tp_grpo", trees=3)
     branches, _ = assigned(trainer)
     along = brightness(branches.tree).view(6, 3).flip(1).T  # 6 trees; without a stochastic step, with 1, with 2
     steps = turning_point_rewards(along)
@@ -211,12 +211,12 @@ def test_turning_point_credit_is_normalised_by_prompt_and_step(course):
     for i, row in zip(branches.advantages, steps):
         wanted = group_advantages(row, torch.tensor([0, 0, 0, 1, 1, 1]))
         torch.testing.assert_close(branches.advantages[i], wanted, atol=1e-3, rtol=0)
-    other, _ = assigned(trainer_of(course, "tp_grpo", trees=3, bonus=50.0))
+    other, _ = assigned(trainer_of(loop, "tp_grpo", trees=3, bonus=50.0))
     assert max((branches.advantages[i] - other.advantages[i]).abs().max() for i in other.advantages) > 0.01
 
 
-def test_b2_trains_the_last_steps_of_the_best_and_the_worst_of_each_branching(course):
-    trainer = trainer_of(course, "b2_diffurl")
+def test_b2_trains_the_last_steps_of_the_best_and_the_worst_of_each_branching(loop):
+    trainer = trainer_of(loop, "b2_diffurl")
     branches, _ = assigned(trainer)
     assert list(branches.advantages) == [2, 3] and len(branches.tree) == 6
     kept = branches.advantages[2] != 0
@@ -229,47 +229,47 @@ def test_b2_trains_the_last_steps_of_the_best_and_the_worst_of_each_branching(co
     assert later.tree.layers[1].parents.tolist() == [0, 0, 0, 1, 1, 1], "one more step is trained"
 
 
-def test_b2_remembers_a_prompts_rewards_for_some_stages(course):
-    trainer = trainer_of(course, "b2_diffurl", history=1)
-    prompts = course.plan.prompts
+def test_b2_remembers_a_prompts_rewards_for_some_stages(loop):
+    trainer = trainer_of(loop, "b2_diffurl", history=1)
+    prompts = loop.plan.prompts
     groups = iteration_groups(prompts, 0, 2, 1, 0)
     ids, rewards = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.1, 0.2, 0.3])
     first = trainer.history_scores(0, rewards, ids, groups)
-    assert [entry[:2] for entry in course.parts.extra["history"]] == [[0, g.prompt] for g in groups]
+    assert [entry[:2] for entry in loop.state.extra["history"]] == [[0, g.prompt] for g in groups]
     second = trainer.history_scores(1, rewards + 1, ids, groups)
     assert second.min() > 0.5 and first.view(2, 3).sum(1).abs().max() < 1e-5
     assert torch.equal(trainer.history_scores(5, rewards, ids, groups), first), "all has been forgotten"
-    assert json.loads(json.dumps(course.parts.extra)) == course.parts.extra
+    assert json.loads(json.dumps(loop.state.extra)) == loop.state.extra
     trainer.cfg = replace(trainer.cfg, history=0)
     assert torch.equal(trainer.history_scores(6, rewards, ids, groups), first)
 
 
-def test_an_empty_selection_makes_no_update(course):
-    trainer = trainer_of(course, "b2_diffurl", keep_above=9.0, keep_below=-9.0)
+def test_an_empty_selection_makes_no_update(loop):
+    trainer = trainer_of(loop, "b2_diffurl", keep_above=9.0, keep_below=-9.0)
     branches, _ = assigned(trainer)
     values = trainer.update(0, branches)
-    assert values["trained_edges"] == 0 and not course.parts.optimizer.state
-    assert all(torch.equal(v, course.fresh[k]) for k, v in course.parts.policy.tensors().items())
+    assert values["trained_edges"] == 0 and not loop.state.optimizer.state
+    assert all(torch.equal(v, loop.fresh[k]) for k, v in loop.state.policy.tensors().items())
 
 
 # Learning --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(SMALL))
-def test_the_gradient_is_that_of_every_edge_by_itself_and_ratios_begin_at_1(course, method):
-    trainer = trainer_of(course, method, clip_range=10.0, eta=0.5)
+def test_the_gradient_is_that_of_every_edge_by_itself_and_ratios_begin_at_1(loop, method):
+    trainer = trainer_of(loop, method, clip_range=10.0, eta=0.5)
     branches, _ = assigned(trainer)
     _, sums = gradient(trainer, branches)
     assert float(sums["ratio_mean"] / sums["count"]) == pytest.approx(1, abs=1e-6)
-    move(course)
+    move(loop)
     shared, sums = gradient(trainer, branches)
     assert float(sums["count"]) == sum(int(a.ne(0).sum()) for a in branches.advantages.values())
     wanted = naive_gradient(trainer, branches)
     torch.testing.assert_close(shared, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
-def test_a_failed_score_leaves_the_edges_above_it_without_signal(course, monkeypatch):
-    trainer = trainer_of(course)
+def test_a_failed_score_leaves_the_edges_above_it_without_signal(loop, monkeypatch):
+    trainer = trainer_of(loop)
     score = trainer.scorer.submit
 
     def failing(images, prompts, ids):
@@ -300,15 +300,15 @@ def test_a_failed_score_leaves_the_edges_above_it_without_signal(course, monkeyp
     ],
     ids=str,
 )
-def test_options_of_the_objective_change_the_gradient(course, method, changes):
+def test_options_of_the_objective_change_the_gradient(loop, method, changes):
     results = []
     for given in ({}, changes):
-        trainer = trainer_of(course, method, **{"clip_range": 1.0, **given})
+        trainer = trainer_of(loop, method, **{"clip_range": 1.0, **given})
         branches, _ = assigned(trainer)
-        course.parts.extra.clear()
-        move(course)
+        loop.state.extra.clear()
+        move(loop)
         results.append(gradient(trainer, branches)[0])
-        course.parts.policy.load(course.fresh)
+        loop.state.policy.load(loop.fresh)
     assert results[1].isfinite().all() and (results[1] - results[0]).norm() > 1e-3 * results[0].norm()
 
 
@@ -327,9 +327,9 @@ def test_options_of_the_objective_change_the_gradient(course, method, changes):
     ],
     ids=str,
 )
-def test_options_of_sampling_change_the_trees(course, method, changes):
-    base, _ = sampled(trainer_of(course, method))
-    other, _ = sampled(trainer_of(course, method, **changes))
+def test_options_of_sampling_change_the_trees(loop, method, changes):
+    base, _ = sampled(trainer_of(loop, method))
+    other, _ = sampled(trainer_of(loop, method, **changes))
     same = [len(layer.parents) for layer in base.tree.layers] == [len(layer.parents) for layer in other.tree.layers]
     assert not same or (base.tree.final - other.tree.final).abs().max() > 1e-3
 
@@ -342,10 +342,10 @@ def test_windows_move_on_or_lie_anywhere_and_stages_pass():
     assert Config(method="b2_diffurl").interval == (7, 10)
 
 
-def test_inner_epochs_make_that_many_updates(course):
-    trainer = trainer_of(course, inner_epochs=2)
+def test_inner_epochs_make_that_many_updates(loop):
+    trainer = trainer_of(loop, inner_epochs=2)
     trainer.update(0, assigned(trainer)[0])
-    assert next(iter(course.parts.optimizer.state.values()))["step"] == 2
+    assert next(iter(loop.state.optimizer.state.values()))["step"] == 2
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------
@@ -399,9 +399,9 @@ def test_wrong_values_end_with_one_line_before_loading(small, changes, message, 
     assert re.search(message, error), error
 
 
-def test_a_sampler_of_another_kind_of_model_is_refused(course):
+def test_a_sampler_of_another_kind_of_model_is_refused(loop):
     with pytest.raises(ValueError, match="^sampler: got 'ddim' on a flow model"):
-        trainer_of(course, sampler="ddim", eta=1.0)
+        trainer_of(loop, sampler="ddim", eta=1.0)
 
 
 RECIPES = sorted((Path(tree_grpo.__file__).parent / "recipes").glob("*.yaml"))

@@ -15,8 +15,8 @@ from visalign.trainers import vgpo
 from visalign.trainers.vgpo import VGPO, Config
 from visalign.training.before.config import parse_config
 from visalign.training.before.preflight import make_plan
-from visalign.training.loop.course import Course, open_course
 from visalign.training.loop.scoring import Scorer
+from visalign.training.loop.training_loop import TrainingLoop, open_training
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +28,33 @@ def small(options, world_files):
 
 
 @pytest.fixture(scope="module")
-def course(small, tmp_path_factory):
+def loop(small, tmp_path_factory):
     cfg = Config(**small, timestep_fraction=1.0, run_dir=str(tmp_path_factory.mktemp("vgpo") / "run"))
-    with open_course(cfg, make_plan(cfg, "vgpo"), cfg.prompts_per_step) as course:
-        course.fresh = {k: v.clone() for k, v in course.parts.policy.tensors().items()}
-        yield course
+    with open_training(cfg, make_plan(cfg, "vgpo"), cfg.prompts_per_step) as loop:
+        loop.fresh = {k: v.clone() for k, v in loop.state.policy.tensors().items()}
+        yield loop
 
 
 @pytest.fixture(autouse=True)
 def as_built(request):
     yield
-    if "course" in request.fixturenames:
-        course = request.getfixturevalue("course")
-        course.parts.policy.load(course.fresh)
-        course.parts.optimizer.zero_grad(set_to_none=True)
-        course.parts.optimizer.state.clear()
-        course.parts.extra.clear()
+    if "loop" in request.fixturenames:
+        loop = request.getfixturevalue("loop")
+        loop.state.policy.load(loop.fresh)
+        loop.state.optimizer.zero_grad(set_to_none=True)
+        loop.state.optimizer.state.clear()
+        loop.state.extra.clear()
 
 
-def trainer_of(course, scorer=None, **changes) -> VGPO:
-    parts = replace(course.parts, scorer=scorer) if scorer else course.parts
-    return VGPO(Course(replace(course.cfg, **changes), course.plan, course.accelerator, parts, course.run))
+def trainer_of(loop, scorer=None, **changes) -> VGPO:
+    parts = replace(loop.state, scorer=scorer) if scorer else loop.state
+    return VGPO(TrainingLoop(replace(loop.cfg, **changes), loop.plan, loop.accelerator, parts, loop.run))
 
 
 def sampled(trainer):
     cfg = trainer.cfg
     groups = iteration_groups(
-        trainer.course.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
+        trainer.loop.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
     )
     with torch.no_grad():
         return trainer.sample(groups)
@@ -81,9 +81,9 @@ class Counting:
         return images.flatten(1).mean(1)
 
 
-def test_projections_cost_no_forward_and_are_the_one_step_estimates(course):
-    trainer, forwards, kept = trainer_of(course, batch_size=6), [], {}
-    block = course.parts.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
+def test_projections_cost_no_forward_and_are_the_one_step_estimates(loop):
+    trainer, forwards, kept = trainer_of(loop, batch_size=6), [], {}
+    block = loop.state.policy.module.transformer_blocks[0]  # not run where the denoiser is passed at no cost
     hook = block.register_forward_pre_hook(lambda *_: forwards.append(1))
     project = trainer.project
 
@@ -100,24 +100,24 @@ def test_projections_cost_no_forward_and_are_the_one_step_estimates(course):
     with torch.no_grad():
         for i in range(3):
             state = trajectory.next_latents[i]
-            velocity = course.parts.generator.predict(state, i + 1, trajectory.prompts, trajectory.seeds)
+            velocity = loop.state.generator.predict(state, i + 1, trajectory.prompts, trajectory.seeds)
             x0 = state - trainer.schedule.levels[i + 1] * velocity
-            wanted = course.parts.generator.decode(x0, trajectory.prompts, trajectory.seeds)
+            wanted = loop.state.generator.decode(x0, trajectory.prompts, trajectory.seeds)
             torch.testing.assert_close(images[i], wanted, atol=1e-5, rtol=0)
 
 
-def test_the_value_pass_scores_a_batch_in_one_call_and_a_group_reward_sees_each_step_apart(course):
+def test_the_value_pass_scores_a_batch_in_one_call_and_a_group_reward_sees_each_step_apart(loop):
     pointwise = Counting()
-    sampled(trainer_of(course, Scorer(pointwise, torch.device("cpu")), batch_size=4))
+    sampled(trainer_of(loop, Scorer(pointwise, torch.device("cpu")), batch_size=4))
     assert [n for n, _ in pointwise.calls] == [4 * 4, 2 * 4]
     groupwise = Counting(kind="groupwise")
-    sampled(trainer_of(course, Scorer(groupwise, torch.device("cpu")), batch_size=4))
+    sampled(trainer_of(loop, Scorer(groupwise, torch.device("cpu")), batch_size=4))
     ((count, context),) = groupwise.calls
     assert count == 6 * 4 and context["group_ids"].bincount().tolist() == [3] * (2 * 4)
 
 
-def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_steps_advantage(course):
-    trainer = trainer_of(course, batch_size=6)
+def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_steps_advantage(loop):
+    trainer = trainer_of(loop, batch_size=6)
     (batch,) = batches = sampled(trainer)
     by_step, seen = advantages(trainer, batches)[0], []
 
@@ -127,14 +127,14 @@ def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_step
         seen.append(i)
 
     states = batch.trajectory.latents
-    course.parts.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
+    loop.state.generator.denoise(batch.trajectory.prompts, batch.trajectory.seeds, look, latents=states)
     assert seen == [0, 1, 2, 3]
     assert not torch.equal(by_step[0], by_step[3])
 
 
-def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grpos(course):
+def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grpos(loop):
     scorer = Scorer(Counting(constant=True), torch.device("cpu"))
-    trainer = trainer_of(course, scorer, discount=0.0, batch_size=6)
+    trainer = trainer_of(loop, scorer, discount=0.0, batch_size=6)
     result, _ = advantages(trainer, sampled(trainer))
     rewards = torch.arange(6).float() / 6
     wanted = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]))
@@ -154,11 +154,11 @@ def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grp
     ],
     ids=str,
 )
-def test_each_option_of_the_advantages_changes_them(course, changes):
-    trainer = trainer_of(course)
+def test_each_option_of_the_advantages_changes_them(loop, changes):
+    trainer = trainer_of(loop)
     batches = sampled(trainer)
     base, _ = advantages(trainer, batches)
-    other, _ = advantages(trainer_of(course, **changes), batches)
+    other, _ = advantages(trainer_of(loop, **changes), batches)
     assert (other - base).abs().max() > 1e-3
     if changes == dict(absolute=3.0, absolute_steps=1):
         assert torch.equal(other[1:], base[1:])
@@ -167,37 +167,37 @@ def test_each_option_of_the_advantages_changes_them(course, changes):
 @pytest.mark.parametrize(
     "changes", [dict(eta=0.3), dict(sampler="cps"), dict(sampler="dance_sde"), dict(same_latents=True)], ids=str
 )
-def test_each_option_of_sampling_changes_the_images(course, changes):
-    base, other = (sampled(trainer_of(course, batch_size=6, **given))[0].trajectory for given in ({}, changes))
+def test_each_option_of_sampling_changes_the_images(loop, changes):
+    base, other = (sampled(trainer_of(loop, batch_size=6, **given))[0].trajectory for given in ({}, changes))
     assert (other.images - base.images).abs().max() > 1e-3
     first = other.latents[0]
     assert torch.equal(first[0], first[1]) == ("same_latents" in changes)
 
 
-def test_the_last_step_is_not_trained_by_default_nor_one_without_noise(course):
-    assert trainer_of(course, timestep_fraction=0.99).trained == [0, 1, 2]
-    assert trainer_of(course).trained == [0, 1, 2, 3]
-    assert trainer_of(course, sampler="cps").trained == [0, 1, 2]
-    assert trainer_of(course, timestep_fraction=0.5).trained == [0, 1]
+def test_the_last_step_is_not_trained_by_default_nor_one_without_noise(loop):
+    assert trainer_of(loop, timestep_fraction=0.99).trained == [0, 1, 2]
+    assert trainer_of(loop).trained == [0, 1, 2, 3]
+    assert trainer_of(loop, sampler="cps").trained == [0, 1, 2]
+    assert trainer_of(loop, timestep_fraction=0.5).trained == [0, 1]
 
 
-def test_negative_rewards_are_shifted_and_remembered_or_refused(course, world_files):
+def test_negative_rewards_are_shifted_and_remembered_or_refused(loop, world_files):
     scorer = Scorer(make_reward(f"{world_files / 'dark.py'}:dark"), torch.device("cpu"))
-    trainer = trainer_of(course, scorer)
+    trainer = trainer_of(loop, scorer)
     batches = sampled(trainer)
     result, values = advantages(trainer, batches)
-    lowest = course.parts.extra["reward_minimum"]
+    lowest = loop.state.extra["reward_minimum"]
     assert result.isfinite().all() and lowest < -1 and values["reward_mean"] < -1
     assert trainer.seen[1].max() < -1, "the watch sees rewards as they are"
-    course.parts.extra["reward_minimum"] = -100.0
+    loop.state.extra["reward_minimum"] = -100.0
     again, _ = advantages(trainer, batches)
-    assert course.parts.extra["reward_minimum"] == -100 and (again - result).abs().max() > 1e-3
+    assert loop.state.extra["reward_minimum"] == -100 and (again - result).abs().max() > 1e-3
     with pytest.raises(ValueError, match="^reward: got -.* expected >= 0"):
-        trainer_of(course, scorer, negative_rewards="refuse").assign_advantages(batches)
+        trainer_of(loop, scorer, negative_rewards="refuse").assign_advantages(batches)
 
 
-def test_a_failed_score_leaves_its_sample_without_an_advantage(course):
-    trainer = trainer_of(course, batch_size=6)
+def test_a_failed_score_leaves_its_sample_without_an_advantage(loop):
+    trainer = trainer_of(loop, batch_size=6)
     batches = sampled(trainer)
     base, _ = advantages(trainer, batches)
     valid = torch.ones(4, 6, dtype=torch.bool)
@@ -211,18 +211,18 @@ def test_a_failed_score_leaves_its_sample_without_an_advantage(course):
 def gradient(trainer, batches):
     for batch in batches:
         trainer.backward(batch, 1.0)
-    parameters = trainer.parts.policy.trained.values()
+    parameters = trainer.state.policy.trained.values()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    trainer.parts.optimizer.zero_grad(set_to_none=True)
+    trainer.state.optimizer.zero_grad(set_to_none=True)
     return flat
 
 
-def test_options_of_the_objective_change_the_gradient(course):
-    trainer = trainer_of(course, clip_range=10.0)
+def test_options_of_the_objective_change_the_gradient(loop):
+    trainer = trainer_of(loop, clip_range=10.0)
     batches = sampled(trainer)
     advantages(trainer, batches)
     generator = torch.Generator().manual_seed(0)
-    for p in course.parts.policy.trained.values():
+    for p in loop.state.policy.trained.values():
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
     base = gradient(trainer, batches)
     kinds = {}
@@ -230,27 +230,27 @@ def test_options_of_the_objective_change_the_gradient(course):
         dict(clip_range=1e-9),
         *(dict(kl_weight=1.0, kl_type=k) for k in ("gaussian", "flow_grpo", "x", "v")),
     ):
-        other = gradient(trainer_of(course, **{"clip_range": 10.0, **changes}), batches)
+        other = gradient(trainer_of(loop, **{"clip_range": 10.0, **changes}), batches)
         assert other.isfinite().all() and (other - base).norm() > 1e-3 * base.norm(), changes
         kinds[str(changes)] = other
     assert len({float(g.norm()) for g in kinds.values()}) == len(kinds)
 
 
-def test_samples_and_advantages_do_not_depend_on_the_batch_size(course):
+def test_samples_and_advantages_do_not_depend_on_the_batch_size(loop):
     results = []
     for size in (6, 4, 1):
-        trainer = trainer_of(course, batch_size=size)
+        trainer = trainer_of(loop, batch_size=size)
         results.append(advantages(trainer, sampled(trainer))[0])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-3, rtol=0)
 
 
-def test_inner_epochs_make_that_many_updates(course):
-    trainer = trainer_of(course, inner_epochs=2)
+def test_inner_epochs_make_that_many_updates(loop):
+    trainer = trainer_of(loop, inner_epochs=2)
     batches = sampled(trainer)
     advantages(trainer, batches)
     trainer.update(0, batches)
-    assert next(iter(course.parts.optimizer.state.values()))["step"] == 2
+    assert next(iter(loop.state.optimizer.state.values()))["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -274,11 +274,11 @@ def test_wrong_values_end_with_one_line_before_loading(small, changes, message, 
     assert re.search(message, error), error
 
 
-def test_a_reward_without_a_value_for_single_samples_is_refused(course, monkeypatch):
+def test_a_reward_without_a_value_for_single_samples_is_refused(loop, monkeypatch):
     reward = make_reward({"rewards": ["jpeg_compressibility", "gold"], "combine": "correlation"})
-    monkeypatch.setattr(course.parts, "scorer", Scorer(reward, torch.device("cpu")))
+    monkeypatch.setattr(loop.state, "scorer", Scorer(reward, torch.device("cpu")))
     with pytest.raises(ValueError, match="^reward: .*which has no value for a sample by itself"):
-        VGPO(course)
+        VGPO(loop)
 
 
 def test_recipe_resolves_and_differs_from_the_defaults():

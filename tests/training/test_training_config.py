@@ -13,7 +13,8 @@ from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config
 from visalign.training.before import doctor, options, preflight
 from visalign.training.before.config import parse_config, save_config
-from visalign.training.loop import course, setup
+from visalign.training.loop import setup
+from visalign.training.loop import training_loop as loop
 from visalign.training.run import outcome
 
 
@@ -136,7 +137,7 @@ def test_recipes_are_valid(recipe):
 
 def test_every_option_is_read_by_the_trainer():
     used = set()
-    for module in (flow_grpo, course, options, preflight, setup, outcome, doctor):
+    for module in (flow_grpo, loop, options, preflight, setup, outcome, doctor):
         tree = ast.parse(Path(module.__file__).read_text())
         checks = [
             n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("__post_init__", "_check_window")

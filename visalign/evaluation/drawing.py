@@ -149,7 +149,7 @@ def _search(
     assert contestant.search is not None and contestant.budget is not None
     options: dict[str, Any] = dict(budget=contestant.budget, seed=task.chain_seed, batch_size=batch_size)
     options |= {"transition": contestant.transition, **contestant.options}
-    chain = prepare(generator, task.prompt, judge.told, contestant.search, **options)
+    chain = prepare(generator, task.prompt, judge.for_search, contestant.search, **options)
     try:
         for _ in events_of(chain, contestant.search, options):
             pass
@@ -198,7 +198,7 @@ def check_searched(contestant: Contestant, judge: Judge) -> None:
     Raises:
         ValueError: names the contestant.
     """
-    reward = judge.told
+    reward = judge.for_search
     if METHODS[str(contestant.search)].gradient and not reward.differentiable:
         raise ValueError(
             f"contestant {contestant.label!r}: reward: got {reward.name!r}, which has no gradient, expected a "

@@ -20,8 +20,8 @@ from .store import Drawn, Score, Store
 Key = tuple[str, str]  # (pixels, prompt)
 
 
-class Told:
-    """A reward that is told what the prompt set knows of each prompt, for searches, which know the words alone."""
+class ContextReward:
+    """A reward that is handed what the prompt set knows of each prompt, for searches, which know the words alone."""
 
     def __init__(self, reward: Reward, context: PromptContext) -> None:
         self._reward, self._context = reward, context
@@ -43,10 +43,10 @@ class Judge:
     def __init__(self, spec: str, device: torch.device, context: PromptContext, **options: Any) -> None:
         reward = make_reward(spec, **options)
         self.scorer = Scorer(reward, device, 0, context)
-        if self.scorer.whole:
+        if self.scorer.needs_groups:
             raise ValueError(f"reward: got {spec!r}, which is {reward.kind}, expected one that scores each by itself")
         self.device = device
-        self.told: Any = Told(reward, context) if context([""]) else reward
+        self.for_search: Any = ContextReward(reward, context) if context([""]) else reward
         self._parts = self.scorer.labels if isinstance(reward, CombinedReward) else ()
 
     def scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
@@ -64,16 +64,17 @@ class Judge:
 
     def _batch(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
         images = numpy_to_images(np.stack(pictures)).to(self.device)
-        (scored,) = self.scorer.submit([images], list(prompts), torch.arange(len(prompts))).result()
-        totals = self.scorer.plain(scored.shaped).tolist()
-        found: list[Score] = []
-        for row, (total, valid) in enumerate(zip(totals, scored.valid.tolist())):
-            parts = {label: float(scored.parts[k, row]) for k, label in enumerate(self._parts)}
+        (scores,) = self.scorer.submit([images], list(prompts), torch.arange(len(prompts))).result()
+        totals = self.scorer.plain(scores.shaped).tolist()
+        results: list[Score] = []
+        for row, (total, valid) in enumerate(zip(totals, scores.valid.tolist())):
+            parts = {label: float(scores.parts[label][row]) for label in self._parts}
             if valid:
-                found.append({"score": total} | ({"parts": parts} if parts else {}))
+                results.append({"score": total} | ({"parts": parts} if parts else {}))
             else:
-                found.append({"score": None, "why": f"reward {self.scorer.reward.name!r}: could not score this sample"})
-        return found
+                why = f"reward {self.scorer.reward.name!r}: could not score this sample"
+                results.append({"score": None, "why": why})
+        return results
 
 
 @dataclass(frozen=True)

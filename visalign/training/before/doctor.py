@@ -35,8 +35,8 @@ def examine(cfg: Any) -> Iterator[Finding]:
     """
     plan = preflight.make_plan(replace(cfg, run_dir=None, resume=None))
     yield _prompts(plan)
-    parts = setup.build(cfg, plan, Accelerator())
-    generator = parts.generator
+    state = setup.build(cfg, plan, Accelerator())
+    generator = state.generator
     transition = make_transition(cfg.sampler, eta=cfg.eta)
     schedule = generator.schedule
     steps = [i for i in range(schedule.num_steps) if transition.std(schedule, i) > 0]
@@ -44,15 +44,15 @@ def examine(cfg: Any) -> Iterator[Finding]:
     prompts, seeds = (plan.prompts * count)[:count], list(range(count))
     trajectory = rollout(generator, prompts, seeds, transition, sde_steps=steps, grad_mode=cfg.compile)
     assert trajectory.images is not None
-    yield _ratio(parts, trajectory, transition, cfg.clip_range)
-    yield _kl_gradient(parts, trajectory, transition)
-    yield _batch_scores(cfg.reward, parts, trajectory)
+    yield _ratio(state, trajectory, transition, cfg.clip_range)
+    yield _kl_gradient(state, trajectory, transition)
+    yield _batch_scores(cfg.reward, state, trajectory)
     images = bool(trajectory.images.isfinite().all())
     yield Finding(
         "images", images, "all pixels finite" if images else "NaN in the decoded images: decode in fp32 or bf16"
     )
-    trained = sum(p.numel() for p in parts.policy.trained.values())
-    yield Finding("memory", True, f"{peak_memory() / 2**30:.2f} GiB at batch {count}, {parts.attention} attention")
+    trained = sum(p.numel() for p in state.policy.trained.values())
+    yield Finding("memory", True, f"{peak_memory() / 2**30:.2f} GiB at batch {count}, {state.attention} attention")
     yield Finding(
         "disk", True, f"{16 * trained * (cfg.keep + 2) / 2**30:.2f} GiB of checkpoints, {trained:,} parameters"
     )
@@ -64,7 +64,7 @@ def _prompts(plan: preflight.Plan) -> Finding:
     return Finding("prompts", not plan.warnings, "; ".join([said, *plan.warnings]))
 
 
-def _ratio(parts: setup.Parts, trajectory: Trajectory, transition: Any, clip_range: float) -> Finding:
+def _ratio(state: setup.TrainState, trajectory: Trajectory, transition: Any, clip_range: float) -> Finding:
     """The ratio of the policy to itself, at every stochastic step."""
     worst: list[torch.Tensor] = []
 
@@ -72,7 +72,7 @@ def _ratio(parts: setup.Parts, trajectory: Trajectory, transition: Any, clip_ran
         log_prob = recompute(trajectory, i, prediction.detach(), transition).log_prob(trajectory.next_latents[i])
         worst.append((log_prob - trajectory.log_probs[i]).abs().max())
 
-    parts.generator.denoise(trajectory.prompts, trajectory.seeds, compare, latents=trajectory.latents)
+    state.generator.denoise(trajectory.prompts, trajectory.seeds, compare, latents=trajectory.latents)
     ratio = torch.stack(worst).max().exp().item() - 1
     good = ratio <= min(1e-6, 0.1 * clip_range)
     return Finding(
@@ -80,27 +80,27 @@ def _ratio(parts: setup.Parts, trajectory: Trajectory, transition: Any, clip_ran
     )
 
 
-def _kl_gradient(parts: setup.Parts, trajectory: Trajectory, transition: Any) -> Finding:
+def _kl_gradient(state: setup.TrainState, trajectory: Trajectory, transition: Any) -> Finding:
     """The KL to the reference has a gradient once the policy has moved, and is zero before."""
     step = trajectory.steps[len(trajectory.steps) // 2]
-    policy, latents = parts.policy, trajectory.latents[step]
+    policy, latents = state.policy, trajectory.latents[step]
     with policy.reference():
-        base = parts.generator.predict(latents, step, trajectory.prompts, trajectory.seeds)
+        base = state.generator.predict(latents, step, trajectory.prompts, trajectory.seeds)
     generator = torch.Generator().manual_seed(0)
     moved = {
         name: p + 0.01 * torch.randn(p.shape, generator=generator).to(p.device) for name, p in policy.tensors().items()
     }
     with policy.swapped(moved):
-        prediction = parts.generator.predict(latents, step, trajectory.prompts, trajectory.seeds)
+        prediction = state.generator.predict(latents, step, trajectory.prompts, trajectory.seeds)
         now, then = (recompute(trajectory, step, v, transition) for v in (prediction, base))
         kl = kl_penalty("gaussian", now, then).mean()
         kl.backward()
     norm = sum(float(p.grad.norm()) ** 2 for p in policy.trained.values() if p.grad is not None) ** 0.5
-    parts.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=True)
     return Finding("KL gradient", norm > 0 and kl.item() > 0, f"norm {norm:.2e} at KL {kl.item():.2e}")
 
 
-def _batch_scores(spec: str, parts: setup.Parts, trajectory: Trajectory) -> Finding:
+def _batch_scores(spec: str, state: setup.TrainState, trajectory: Trajectory) -> Finding:
     """A batch scores as its pictures do one by one."""
     assert trajectory.images is not None
     reward = make_reward(spec)

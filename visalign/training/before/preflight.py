@@ -37,6 +37,7 @@ class Plan:
     digest: str = ""  # of the prompts
     reward_digest: str = ""  # of the reward's YAML file, where it is one
     context: PromptContext = field(default_factory=PromptContext)  # metadata and references of the prompts
+    pictures: Any = None  # to train on, for trainers that do
 
 
 def make_plan(

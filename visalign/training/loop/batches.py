@@ -1,8 +1,12 @@
-"""Micro-batches of an iteration: cut from its groups, handed to the reward, given their part of what all scored."""
+"""Micro-batches of an iteration: cut from its groups, scored, given their part of the advantages.
 
-from collections.abc import Iterator, Sequence
+One record of scores grows on the way: `submit` hands batches to the reward, `gather` joins the scores of all batches
+and processes, `GatheredScores.assign` hands the advantages made of them back to the batches.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,10 +15,11 @@ from torch import Tensor
 
 from visalign.advantages.group import group_statistics
 from visalign.data.prompts import Group
+from visalign.rewards import Scores
 from visalign.sampling.rollout import Trajectory
 from visalign.training.run.folder import Run
 
-from .scoring import Scored, Scorer
+from .scoring import Scorer
 
 
 class Samples(NamedTuple):
@@ -39,116 +44,118 @@ def cut(groups: Sequence[Group], size: int) -> Iterator[Samples]:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """A micro-batch of N samples, M scored pictures: the last of each sample (M = N), or several, one after another.
+    """A micro-batch of N samples, M scored images: the last of each sample (M = N), or several, one after another.
 
-    `group_ids`, `scores` and `advantages` are of the M pictures; scores and advantages come later.
+    `group_ids`, `advantages` and `valid` are of the M images; the last two come of `GatheredScores.assign`.
     """
 
     trajectory: Trajectory
     group_ids: Tensor  # (M,)
     images: Tensor | None = None  # (M, 3, H, W), where not the trajectory's; let go of once handed on
-    scores: Scored | None = None
-    advantages: Tensor | None = None
+    advantages: Tensor | None = None  # (M,), 0 where scoring failed
+    valid: Tensor | None = None  # (M,) bool: scored
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """Scores of all processes' M pictures, in order of group and member: the same on any number of processes."""
+class Submitted(NamedTuple):
+    """Batches that the reward has been handed, and their scores to come, in order."""
 
-    ids: Tensor  # (M,) int64, of groups, ascending
-    parts: Tensor  # (P, M), raw scores of the reward's members
-    shaped: Tensor  # (K, M), what `Scorer.combine` takes
-    rewards: Tensor  # (M,) float64: each means something by itself
-    valid: Tensor  # (M,) bool: no member failed on it
-    labels: tuple[str, ...]  # of the parts
+    batches: list[Batch]
+    scores: list[Future[list[Scores]]]
+
+
+def submit(run: Run, scorer: Scorer, batches: Iterable[Batch]) -> Submitted:
+    """Hand batches to the reward as they are sampled, so that it can work meanwhile.
+
+    A reward that compares a group's samples gets all of them together: the batches must hold whole groups.
+    """
+    taken: list[Batch] = []
+    futures: list[Future[list[Scores]]] = []
+    held: list[Batch] = []
+
+    def hand_over() -> None:
+        pictures = [b.trajectory.images if b.images is None else b.images for b in held]
+        images = [i for i in pictures if i is not None]
+        prompts = [p for b in held for p in b.trajectory.prompts * (len(b.group_ids) // len(b.trajectory))]
+        with run.stage("score"):
+            futures.append(scorer.submit(images, prompts, torch.cat([b.group_ids for b in held])))
+        taken.extend(replace(b, images=None) for b in held)
+        held.clear()
+
+    for batch in batches:
+        held.append(batch)
+        if not scorer.needs_groups:
+            hand_over()
+    if held:
+        hand_over()
+    return Submitted(taken, futures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredScores(Scores):
+    """Scores of all processes' M images, float64, in order of group and member: the same on any number of processes.
+
+    `total` means something for each sample by itself; `CombinedReward.combine(shaped, group_ids)` may say more.
+    """
+
+    group_ids: Tensor  # (M,) int64, ascending
     order: Tensor  # (M,): place of each in the order of gathering, process by process
     share: slice  # of that order: this process's
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor]:
+    def as_gathered(self) -> tuple[Tensor, Tensor]:
         """Groups and rewards in the order of gathering, the main process's first, as the hacking watch wants them."""
         back = torch.argsort(self.order)
-        return self.ids[back], self.rewards[back]
+        return self.group_ids[back], self.total[back]
 
-    def mine(self, values: Tensor) -> Tensor:
+    def local(self, values: Tensor) -> Tensor:
         """Of (M,): this process's, in the order in which it gave them."""
         return values[torch.argsort(self.order)][self.share]
 
-    def assign(self, batches: Sequence[Batch], advantages: Tensor) -> None:
-        """Give this process's batches their part of the advantages (M,), 0 where scoring failed."""
-        mine = self.mine(advantages.float().cpu() * self.valid.float())
-        for batch, part in zip(batches, mine.split([len(b.group_ids) for b in batches])):
-            batch.advantages = part.to(batch.trajectory.final.device)
+    def assign(self, shares: Sequence[Submitted], advantages: Tensor) -> list[list[Batch]]:
+        """This process's batches with their part of the advantages (M,), 0 where scoring failed; share by share."""
+        sizes = [len(batch.group_ids) for share in shares for batch in share.batches]
+        values = self.local(advantages.float().cpu() * self.valid.float()).split(sizes)
+        parts = iter(zip(values, self.local(self.valid).split(sizes)))
+
+        def assigned(batch: Batch) -> Batch:
+            values, valid = next(parts)
+            return replace(batch, advantages=values.to(batch.trajectory.final.device), valid=valid)
+
+        return [[assigned(batch) for batch in share.batches] for share in shares]
 
     def values(self) -> dict[str, float]:
         """What to log."""
-        groups = group_statistics(self.rewards, self.ids)
-        named = zip(self.labels, self.parts.mean(1).tolist()) if len(self.parts) > 1 else ()
+        groups = group_statistics(self.total, self.group_ids)
+        named = self.parts.items() if len(self.parts) > 1 else ()
         return {
-            "reward_mean": self.rewards.mean().item(),
+            "reward_mean": self.total.mean().item(),
             "reward_std_in_group": groups.stds.mean().item(),
             "zero_std_groups": groups.zero_std_fraction,
             "failed_scores": int((~self.valid).sum()),
-            **{f"reward_{label}": mean for label, mean in named},
+            **{f"reward_{label}": values.mean().item() for label, values in named},
         }
 
 
-class Scoring:
-    """Pictures on their way through the reward; with threads it works while sampling goes on."""
+def gather(accelerator: Accelerator, scorer: Scorer, group_ids: Tensor, scores: Sequence[Scores]) -> GatheredScores:
+    """The scores of all processes, which all hold as many; each group is on one of them.
 
-    def __init__(self, run: Run, scorer: Scorer, accelerator: Accelerator) -> None:
-        self.run, self.scorer, self.accelerator = run, scorer, accelerator
-        self._held: list[Batch] = []
-        self._waiting: list[tuple[list[Batch], Future[list[Scored]]]] = []
+    Args:
+        group_ids: (m,) of this process's images, whose scores come in the same order.
+    """
+    device, labels = accelerator.device, scorer.labels
 
-    def add(self, batch: Batch) -> None:
-        """Hand a batch to the reward; one that compares a group's samples gets it at the next `flush`."""
-        self._held.append(batch)
-        if not self.scorer.whole:
-            self.flush()
+    def rows_of(s: Scores) -> Tensor:
+        return torch.cat([torch.stack([s.parts[label] for label in labels]), s.shaped, s.valid[None]]).double().T
 
-    def flush(self) -> None:
-        """Hand all batches that are held back to the reward, to be scored together."""
-        if not self._held:
-            return
-        pictures = [b.trajectory.images if b.images is None else b.images for b in self._held]
-        images = [i for i in pictures if i is not None]
-        prompts = [p for b in self._held for p in b.trajectory.prompts * (len(b.group_ids) // len(b.trajectory))]
-        with self.run.stage("score"):
-            ids = torch.cat([b.group_ids for b in self._held])
-            self._waiting.append((self._held, self.scorer.submit(images, prompts, ids)))
-        for batch in self._held:
-            batch.images = None
-        self._held = []
-
-    def collect(self, batches: Sequence[Batch]) -> Gathered:
-        """Wait for every score, and gather those of these batches and of the other processes'."""
-        with self.run.stage("score"):
-            for waited, future in self._waiting:
-                for batch, scores in zip(waited, future.result()):
-                    batch.scores = scores
-        self._waiting = []
-        ids = torch.cat([b.group_ids for b in batches])
-        return self._gather(ids, [b.scores for b in batches if b.scores is not None])
-
-    def score(self, images: Tensor, prompts: Sequence[str], group_ids: Tensor, size: int) -> Gathered:
-        """Score pictures, `size` at a time unless the reward compares a group's; gather those of all processes."""
-        size = len(images) if self.scorer.whole else size
-        parts = [slice(k, k + size) for k in range(0, len(images), size)]
-        with self.run.stage("score"):
-            waiting = [self.scorer.submit([images[part]], prompts[part], group_ids[part]) for part in parts]
-            scored = [scores for future in waiting for scores in future.result()]
-        return self._gather(group_ids, scored)
-
-    def _gather(self, group_ids: Tensor, scored: Sequence[Scored]) -> Gathered:
-        """The scores of all processes, which all hold as many; each group is on one of them."""
-        accelerator, device, labels = self.accelerator, self.accelerator.device, self.scorer.labels
-        ids = accelerator.gather(group_ids.to(device)).cpu()
-        rows = accelerator.gather(torch.cat([s.rows for s in scored]).to(device)).cpu()
-        order = torch.argsort(ids, stable=True)
-        parts, shaped, valid = rows[order, : len(labels)].T, rows[order, len(labels) : -1].T, rows[order, -1] > 0
-        count = len(ids) // accelerator.num_processes
-        share = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
-        return Gathered(ids[order], parts, shaped, self.scorer.plain(shaped), valid, labels, order, share)
+    rows = torch.cat([rows_of(s) for s in scores])  # all of it in one tensor, to be gathered at once
+    ids = accelerator.gather(group_ids.to(device)).cpu()
+    rows = accelerator.gather(rows.to(device)).cpu()
+    order = torch.argsort(ids, stable=True)
+    parts, shaped, valid = rows[order, : len(labels)].T, rows[order, len(labels) : -1].T, rows[order, -1] > 0
+    count = len(ids) // accelerator.num_processes
+    share = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
+    named = dict(zip(labels, parts))
+    total = scorer.plain(shaped)
+    return GatheredScores(total, named, shaped, valid, group_ids=ids[order], order=order, share=share)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,12 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visalign.pipeline.generator import Generator
-from visalign.training.policy import Policy
 
 from .optimization import mean_over_processes
-from .setup import Parts
+from .setup import TrainState
 
-StepLoss = Callable[[int, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+StepLoss = Callable[[int, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 def add_gradients(
@@ -24,30 +24,35 @@ def add_gradients(
     states: Mapping[int, Tensor],
     loss: StepLoss,
     scale: float,
-    reference: Policy | None = None,
+    references: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of `scale` times the sum of all losses to the weights'.
 
     Args:
         states: {step: (N, ...)}, the recorded states to predict at.
-        loss: (step, prediction, prediction of the reference or None) to the losses (any number,) of the step and
+        loss: (step, prediction, predictions of the references) to the losses (any number,) of the step and
             statistics, means over them.
-        reference: the policy whose base model predicts too, without gradient; None: not needed.
+        references: within each of these the generator is another model (`Policy.reference`: the base), which predicts
+            too, without gradient.
         inputs: arguments of the pipeline for these calls.
 
     Returns:
         Sums of the statistics over all losses, and their number as "count".
     """
-    base: dict[int, Tensor] = {}
+    others: dict[int, dict[str, Tensor]] = {i: {} for i in states}
     sums: dict[str, Tensor] = {}
     call = dict(inputs or {})
-    if reference is not None:
-        with reference.reference():
-            generator.denoise(prompts, seeds, lambda i, _x, p: base.update({i: p}), latents=states, **call)
+    for name, using in (references or {}).items():
+
+        def keep(i: int, _latents: Tensor, prediction: Tensor, name: str = name) -> None:
+            others[i][name] = prediction
+
+        with torch.no_grad(), using():
+            generator.denoise(prompts, seeds, keep, latents=states, **call)
 
     def learn(i: int, _latents: Tensor, prediction: Tensor) -> None:
-        losses, stats = loss(i, prediction, base.get(i))
+        losses, stats = loss(i, prediction, others[i])
         (losses.sum() * scale).backward()
         count = torch.tensor(float(len(losses)), device=losses.device)
         for name, value in {**stats, "count": torch.ones_like(count)}.items():
@@ -66,14 +71,14 @@ def add_sums(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 class Updates:
     """The optimiser updates of one iteration, and what they have to tell.
 
-    updates = Updates(parts, accelerator, step)
+    updates = Updates(state, accelerator, step)
     for batch in batches:
         updates.add(add_gradients(...))
     updates.apply()
     """
 
-    def __init__(self, parts: Parts, accelerator: Accelerator, step: int) -> None:
-        self.parts, self.accelerator, self.step = parts, accelerator, step
+    def __init__(self, state: TrainState, accelerator: Accelerator, step: int) -> None:
+        self.state, self.accelerator, self.step = state, accelerator, step
         self.sums: dict[str, Tensor] = {}
         self.norms: list[float] = []
 
@@ -83,10 +88,10 @@ class Updates:
 
     def apply(self) -> None:
         """Update by the gradients of all processes, unless they are not finite."""
-        self.norms.append(self.parts.apply_gradients(self.accelerator, self.step))
+        self.norms.append(self.state.apply_gradients(self.accelerator, self.step))
 
     def values(self, names: Sequence[str]) -> dict[str, float]:
         """What to log: means of these statistics over all processes, the largest gradient norm, updates left out."""
         means = mean_over_processes(self.accelerator, self.sums, names)
         norm = max((n for n in self.norms if math.isfinite(n)), default=math.nan)
-        return {**means, "grad_norm": norm, "skipped_updates": self.parts.skipped}
+        return {**means, "grad_norm": norm, "skipped_updates": self.state.skipped}

@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from visalign.rewards import CombinedReward, Reward, RewardError, score
+from visalign.rewards import CombinedReward, Reward, RewardError, Scores, score
 from visalign.rewards.aggregate import weighted_sum
 
 T = TypeVar("T")
@@ -105,20 +104,6 @@ class AsyncScorer(Generic[T]):
             raise self._failure from error
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What a reward made of N samples, to be joined with those of other batches and processes before it is combined."""
-
-    parts: Tensor  # (P, N): raw scores of the reward's members, in the order of `Scorer.labels`
-    shaped: Tensor  # (K, N): what `Scorer.combine` takes
-    valid: Tensor  # (N,) bool: no member that counts, `CombinedReward.used`, failed on the sample
-
-    @property
-    def rows(self) -> Tensor:
-        """(N, P + K + 1), float64: all of it in one tensor, to be gathered."""
-        return torch.cat([self.parts.double(), self.shaped.double(), self.valid.double()[None]]).T
-
-
 class Scorer:
     """A training's reward: asked batch by batch, or in threads while the next batch is sampled; combined at the end.
 
@@ -128,7 +113,7 @@ class Scorer:
         context: what the prompt set knows of its prompts, handed to the reward with each batch.
 
     Attributes:
-        whole: it compares the samples of a group, and must be given each group whole.
+        needs_groups: it compares the samples of a group, and must be given each group whole.
     """
 
     def __init__(
@@ -143,17 +128,16 @@ class Scorer:
         self.reward, self.context = reward, context
         members = reward.members if isinstance(reward, CombinedReward) else ()
         self.labels = tuple(m.label for m in members) or (reward.name,)
-        self._used = tuple(m.label for m in reward.used) if isinstance(reward, CombinedReward) else self.labels
-        self.whole = any(r.kind != "pointwise" for r in ([m.reward for m in members] or [reward]))
-        self.one_set = any(r.kind == "setwise" for r in ([m.reward for m in members] or [reward]))
-        self.gives = getattr(reward, "gives", "scores")
+        self.needs_groups = any(r.kind != "pointwise" for r in ([m.reward for m in members] or [reward]))
+        self.is_setwise = any(r.kind == "setwise" for r in ([m.reward for m in members] or [reward]))
+        self.output_kind = getattr(reward, "output_kind", "scores")
         if threads is None:
             far = any(getattr(r, "remote", False) for r in ([m.reward for m in members] or [reward]))
             threads = 4 if far else int(device.type == "cuda")
         close = getattr(reward, "close", None)
         self._threads = AsyncScorer(self._score, reward.name, threads, threads + 3, close) if threads else None
 
-    def submit(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> "Future[list[Scored]]":
+    def submit(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> "Future[list[Scores]]":
         """Score some batches together; the result holds one entry for each. Errors are the future's, or raised at once.
 
         Raises:
@@ -161,38 +145,32 @@ class Scorer:
         """
         if self._threads is not None:
             return self._threads.submit(images, prompts, group_ids)
-        future: Future[list[Scored]] = Future()
+        future: Future[list[Scores]] = Future()
         future.set_result(self._score(images, prompts, group_ids))
         return future
 
-    def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scored]:
-        context = self.context(prompts) | ({"group_ids": group_ids} if self.whole else {})
-        result = score(self.reward, torch.cat(list(images)), prompts, context)
-        valid = torch.ones(len(prompts), dtype=torch.bool)
-        for label in self._used:  # a member that is only reported may fail
-            valid &= result.outputs[label].is_valid
-        parts = torch.stack([result.parts[label] for label in self.labels])
-        sizes = [len(batch) for batch in images]
-        cut = zip(parts.split(sizes, 1), result.shaped.split(sizes, 1), valid.split(sizes))
-        return [Scored(*pieces) for pieces in cut]
+    def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scores]:
+        context = self.context(prompts) | ({"group_ids": group_ids} if self.needs_groups else {})
+        scores = score(self.reward, torch.cat(list(images)), prompts, context)
+        return scores.split([len(batch) for batch in images])
 
     def combine(self, shaped: Tensor, group_ids: Tensor) -> Tensor:
-        """(K, N) of all samples of an iteration to (N,): rewards or, where `gives` says so, advantages."""
+        """(K, N) of all samples of an iteration to (N,): rewards or, where `output_kind` says so, advantages."""
         return self.reward.combine(shaped, group_ids) if isinstance(self.reward, CombinedReward) else shaped[0]
 
     def plain(self, shaped: Tensor) -> Tensor:
         """(K, N) to (N,): the reward as a number that means something for one sample by itself.
 
-        Where `gives` says "scores" that is what `combine` gives, whatever the groups; else the plain weighted sum.
+        Where `output_kind` is "scores" that is what `combine` gives, whatever the groups; else the plain weighted sum.
         """
-        if self.gives == "scores" or not isinstance(self.reward, CombinedReward):
+        if self.output_kind == "scores" or not isinstance(self.reward, CombinedReward):
             return self.combine(shaped, torch.arange(shaped.shape[1]))
         return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
 
     def evaluate(self, images: Tensor, prompts: Sequence[str], context: dict[str, Any] | None = None) -> Tensor:
         """(N,) of pictures of different prompts; `context` goes before what the prompt set knows."""
         with torch.no_grad():
-            own = {"group_ids": torch.arange(len(prompts))} if self.whole else {}
+            own = {"group_ids": torch.arange(len(prompts))} if self.needs_groups else {}
             context = self.context(prompts) | (context or {}) | own
             return self.plain(score(self.reward, images, prompts, context).shaped)
 

@@ -1,4 +1,4 @@
-"""The parts of a training run: built from the plan, evaluated, put back from a checkpoint, saved to one."""
+"""The state of a training run: built from the plan, evaluated, put back from a checkpoint, saved to one."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,9 +26,11 @@ from .evaluate import Evaluation, Extras, evaluate
 from .optimization import apply_gradients, learning_rate
 from .scoring import Scorer
 
+OWN_TENSORS = ("trained", "ema", "optimizer", "before")  # files of a checkpoint; a trainer's groups have other names
+
 
 @dataclass
-class Parts:
+class TrainState:
     """What is built of the plan, and how far the run has come."""
 
     generator: Generator
@@ -50,6 +52,7 @@ class Parts:
     best: tuple[float, int] | None = None
     before: Evaluation | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # what a trainer itself carries from step to step, as JSON
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # likewise: an old policy, multipliers, ...
 
     def apply_gradients(self, accelerator: Accelerator, step: int) -> float:
         """One optimiser update and one of the average, unless a gradient is not finite; returns the gradient norm."""
@@ -71,7 +74,7 @@ def build(
     accelerator: Accelerator,
     inputs: Callable[[Generator], dict[str, Any]] | None = None,
     component: str | None = None,
-) -> Parts:
+) -> TrainState:
     """Load the model and the rewards, add what is trained, and put a checkpoint back if the plan has one.
 
     `inputs` gives further arguments of the pipeline's calls, for one prompt, where it cannot do without; `component` is
@@ -112,7 +115,7 @@ def build(
             generator.noise(texts[start : start + cfg.batch_size], [0] * len(texts[start : start + cfg.batch_size]))
         generator.release_text_encoders()
     optimizer = torch.optim.AdamW(policy.trained.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    parts = Parts(
+    state = TrainState(
         generator,
         policy,
         Average(policy, cfg.ema_decay),
@@ -126,20 +129,20 @@ def build(
         plan.reward_digest,
         None if cfg.monitor == "off" else Monitor(MonitorOptions(action=cfg.monitor)),
     )
-    parts.judges = {"reward": parts.scorer.evaluate}
+    state.judges = {"reward": state.scorer.evaluate}
     for column, spec in plan.judges.items():
         options = {"strict": True} if column == "gold_strict" else {}
-        parts.judges[column] = Scorer(make_reward(spec, **options), accelerator.device, 0, plan.context).evaluate
+        state.judges[column] = Scorer(make_reward(spec, **options), accelerator.device, 0, plan.context).evaluate
     if plan.resume is not None:
-        restore(plan.resume, parts)
-    return parts
+        restore(plan.resume, state)
+    return state
 
 
 def evaluate_with(
     values: dict[str, Tensor],
     run: Run,
     cfg: CommonConfig,
-    parts: Parts,
+    state: TrainState,
     accelerator: Accelerator,
     prompts: list[str],
     extras: Extras | None = None,
@@ -148,12 +151,12 @@ def evaluate_with(
 
     `extras` as of `evaluate`.
     """
-    with run.stage("evaluate"), parts.policy.swapped(values):
+    with run.stage("evaluate"), state.policy.swapped(values):
         return evaluate(
-            parts.generator,
-            sampler_of(parts.generator.schedule),
+            state.generator,
+            sampler_of(state.generator.schedule),
             prompts,
-            parts.judges,
+            state.judges,
             seed=cfg.eval_seed,
             batch_size=cfg.batch_size,
             process=accelerator.process_index,
@@ -163,72 +166,80 @@ def evaluate_with(
         )
 
 
-def restore(path: Path, parts: Parts) -> None:
+def restore(path: Path, state: TrainState) -> None:
     """Put a checkpoint back: weights, average, optimiser, place in the run. All else follows from seed and step."""
-    tensors, state = ckpt.load_checkpoint(path)
-    if state.get("base") != parts.policy.base_digest:
+    tensors, saved = ckpt.load_checkpoint(path)
+    if saved.get("base") != state.policy.base_digest:
         raise ValueError(f"model: its weights are not those that the resumed run was training ({path})")
-    device = next(iter(parts.policy.trained.values())).device
-    parts.policy.load({k: v.to(device) for k, v in tensors["trained"].items()})
-    check_same_names("resume", {k: tuple(v.shape) for k, v in tensors["ema"].items()}, parts.policy.trained)
-    parts.average.values = {k: v.to(device) for k, v in tensors["ema"].items()}
-    parts.average.updates = state["ema_updates"]
-    ckpt.load_optimizer(parts.optimizer, tensors["optimizer"])
-    parts.step, parts.skipped = state["step"], state["skipped"]
-    parts.train_seconds, parts.images_sampled = state["train_seconds"], state["images_sampled"]
-    parts.best = tuple(state["best"]) if state["best"] else None
-    if parts.monitor is not None and state.get("monitor"):
-        parts.monitor.load_state_dict(state["monitor"])
-    parts.extra = state.get("extra", {})
+    device = next(iter(state.policy.trained.values())).device
+    state.policy.load({k: v.to(device) for k, v in tensors["trained"].items()})
+    check_same_names("resume", {k: tuple(v.shape) for k, v in tensors["ema"].items()}, state.policy.trained)
+    state.average.values = {k: v.to(device) for k, v in tensors["ema"].items()}
+    state.average.updates = saved["ema_updates"]
+    ckpt.load_optimizer(state.optimizer, tensors["optimizer"])
+    state.step, state.skipped = saved["step"], saved["skipped"]
+    state.train_seconds, state.images_sampled = saved["train_seconds"], saved["images_sampled"]
+    state.best = tuple(saved["best"]) if saved["best"] else None
+    if state.monitor is not None and saved.get("monitor"):
+        state.monitor.load_state_dict(saved["monitor"])
+    state.extra = saved.get("extra", {})
+    state.tensors = {
+        name: {key: value.to(device) for key, value in group.items()}
+        for name, group in tensors.items()
+        if name not in OWN_TENSORS
+    }
     before = {k: v.double() for k, v in tensors.get("before", {}).items()}
-    parts.before = Evaluation(state["before_prompts"], before) if before else None
+    state.before = Evaluation(saved["before_prompts"], before) if before else None
 
 
-def checkpoint(run: Run, cfg: CommonConfig, parts: Parts, accelerator: Accelerator, last: bool) -> None:
+def checkpoint(run: Run, cfg: CommonConfig, state: TrainState, accelerator: Accelerator, last: bool) -> None:
     """Save where due: every `save_every` steps, at the best so far, and at the last; prune."""
-    best = parts.best is not None and parts.best[1] == parts.step
-    if not (last or best or parts.step % cfg.save_every == 0):
+    if taken := set(state.tensors) & set(OWN_TENSORS):
+        raise ValueError(f"tensors: got a group {sorted(taken)[0]!r}, expected none of {OWN_TENSORS}")
+    best = state.best is not None and state.best[1] == state.step
+    if not (last or best or state.step % cfg.save_every == 0):
         return
     if accelerator.is_main_process:
         with run.stage("checkpoint"):
-            before = parts.before.scores if parts.before else {}
+            before = state.before.scores if state.before else {}
             ckpt.save_checkpoint(
                 run.folder / "checkpoints",
-                parts.step,
+                state.step,
                 {
-                    "trained": parts.policy.tensors(),
-                    "ema": parts.average.values,
-                    "optimizer": ckpt.optimizer_tensors(parts.optimizer),
+                    "trained": state.policy.tensors(),
+                    "ema": state.average.values,
+                    "optimizer": ckpt.optimizer_tensors(state.optimizer),
                     "before": before,
+                    **state.tensors,
                 },
                 {
                     "config": asdict(cfg),
-                    "prompts": parts.digest,
-                    "reward_file": parts.reward_digest,
-                    "base": parts.policy.base_digest,
-                    "skipped": parts.skipped,
-                    "train_seconds": parts.train_seconds,
-                    "images_sampled": parts.images_sampled,
-                    "best": parts.best,
-                    "ema_updates": parts.average.updates,
-                    "monitor": parts.monitor.state_dict() if parts.monitor else None,
-                    "extra": parts.extra,
-                    "before_prompts": parts.before.prompts if parts.before else [],
+                    "prompts": state.digest,
+                    "reward_file": state.reward_digest,
+                    "base": state.policy.base_digest,
+                    "skipped": state.skipped,
+                    "train_seconds": state.train_seconds,
+                    "images_sampled": state.images_sampled,
+                    "best": state.best,
+                    "ema_updates": state.average.updates,
+                    "monitor": state.monitor.state_dict() if state.monitor else None,
+                    "extra": state.extra,
+                    "before_prompts": state.before.prompts if state.before else [],
                 },
             )
-            always = {parts.best[1]} if parts.best else set()
-            ckpt.prune(run.folder / "checkpoints", cfg.keep, always, newest=parts.step)
+            always = {state.best[1]} if state.best else set()
+            ckpt.prune(run.folder / "checkpoints", cfg.keep, always, newest=state.step)
     accelerator.wait_for_everyone()
 
 
-def keep_best(parts: Parts, evaluation: Evaluation) -> None:
+def keep_best(state: TrainState, evaluation: Evaluation) -> None:
     """Remember the step that held-out prompts speak for, whose checkpoint is then kept.
 
     By the first judge that is only watched, for it is not what the policy may learn to deceive; else by the reward.
     """
     value = evaluation.mean(next((name for name in evaluation.scores if name != "reward"), "reward"))
-    if parts.best is None or value > parts.best[0]:
-        parts.best = (value, parts.step)
+    if state.best is None or value > state.best[0]:
+        state.best = (value, state.step)
 
 
 def stopping(run: Run, accelerator: Accelerator) -> bool:

@@ -63,7 +63,7 @@ def _refusal(name: str, others: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Graded:
+class RewardGradient:
     """Of N images: the loss (N,), whose gradient reaches them, and the rewards (N,), without."""
 
     loss: Tensor
@@ -101,7 +101,7 @@ class GradedReward:
         context: dict[str, Any] | None = None,
         excess: float = 0.0,
         swap: bool = False,
-    ) -> Graded:
+    ) -> RewardGradient:
         """Loss and rewards of images (N, 3, H, W), or videos.
 
         Args:
@@ -125,7 +125,7 @@ class GradedReward:
         if self.mix == "normalised":
             return self._normalised(images, versions, prompts, context)
         rewards = torch.stack([self._relative(v, prompts, context, excess, swap) for v in versions]).mean(0)
-        return Graded(reward_loss(rewards, self.objective, self.threshold), rewards.detach())
+        return RewardGradient(reward_loss(rewards, self.objective, self.threshold), rewards.detach())
 
     def _relative(
         self, images: Tensor, prompts: Sequence[str], context: dict[str, Any] | None, excess: float, swap: bool
@@ -138,7 +138,7 @@ class GradedReward:
 
     def _normalised(
         self, images: Tensor, versions: list[Tensor], prompts: Sequence[str], context: dict[str, Any] | None
-    ) -> Graded:
+    ) -> RewardGradient:
         """The loss' gradient is minus the mix; its value has no meaning."""
         members = self.reward.members if isinstance(self.reward, CombinedReward) else ()
         pairs = [(m.reward, m.weight) for m in members if m.weight] or [(self.reward, 1.0)]
@@ -149,9 +149,9 @@ class GradedReward:
                 gradients.append(torch.autograd.grad(scores.sum(), images, retain_graph=True)[0])
             total = total + weight * scores.detach().to(total)
         if not gradients:
-            return Graded(-total, total)
+            return RewardGradient(-total, total)
         mixed = normalised_mix(gradients, [weight for _, weight in pairs])
-        return Graded(-(images * mixed).flatten(1).sum(1), total)
+        return RewardGradient(-(images * mixed).flatten(1).sum(1), total)
 
     def _scores(self, reward: Reward, images: Tensor, prompts: Sequence[str], context: dict[str, Any] | None) -> Tensor:
         name = reward.name

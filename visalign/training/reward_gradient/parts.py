@@ -55,11 +55,11 @@ def batches(
     block_of = blocks_of(cfg)
     inputs = {} if cfg.train_guidance is None else {"guidance_scale": cfg.train_guidance}
     for block in sorted(set(block_of)):
-        for some in cut([g for g in groups if block_of[g.index] == block], cfg.batch_size):
-            batch = Batch(some.ids, some.prompts, some.seeds, some.noise_seeds, block, inputs)
+        for samples in cut([g for g in groups if block_of[g.index] == block], cfg.batch_size):
+            batch = Batch(samples.ids, samples.prompts, samples.seeds, samples.noise_seeds, block, inputs)
             if pictures is not None and encode is not None:
-                drawn, condition = shown_to(cfg, generator, pictures, some.prompts, some.noise_seeds)
-                x0 = encode(drawn.pictures, some.prompts, **condition)
+                drawn, condition = shown_to(cfg, generator, pictures, samples.prompts, samples.noise_seeds)
+                x0 = encode(drawn.pictures, samples.prompts, **condition)
                 batch = batch._replace(inputs=inputs | condition, drawn=drawn, x0=x0)
             yield batch
 
@@ -187,11 +187,11 @@ def check_model(cfg: Config, schedule: Schedule, transition: Transition, first_c
 
 
 @dataclass
-class Learnt:
+class UpdateLog:
     """What an iteration showed: sums to log with their counts, pictures and rewards (N,), NaN where not scored."""
 
     sums: dict[str, tuple[float | Tensor, int]] = field(default_factory=dict)
-    shown: list[tuple[Tensor, list[str]]] = field(default_factory=list)
+    images: list[tuple[Tensor, list[str]]] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
 
@@ -199,13 +199,13 @@ class Learnt:
         total, count = self.sums.get(name, (0.0, 0))
         self.sums[name] = total + values.detach().float().sum(), count + values.numel()
 
-    def show(self, batch: Batch | Samples, images: Tensor | None, rewards: Tensor | None) -> None:
+    def add_samples(self, batch: Batch | Samples, images: Tensor | None, rewards: Tensor | None) -> None:
         """One picture of each sample; those without a finite reward are left out of the watch."""
         rewards = torch.full((len(batch.ids),), math.nan) if rewards is None else rewards.detach().float().cpu()
         rewards = torch.where(rewards.isfinite(), rewards, math.nan)
         kept = (~rewards.isnan()).nonzero().flatten().tolist()
         if images is not None and kept:
-            self.shown.append((images.detach()[kept], [batch.prompts[n] for n in kept]))
+            self.images.append((images.detach()[kept], [batch.prompts[n] for n in kept]))
         self.rewards.append(rewards)
         self.ids.append(batch.ids)
 

@@ -17,7 +17,7 @@ from .monitor import Monitor, first_groups
 
 def watch(
     run: Run,
-    parts: setup.Parts,
+    state: setup.TrainState,
     step: int,
     batches: Sequence[tuple[Tensor, Sequence[str]]],
     group_ids: Tensor,
@@ -33,24 +33,26 @@ def watch(
     Returns:
         What to log.
     """
-    monitor = parts.monitor
+    monitor = state.monitor
     if monitor is None or not run.main:
         return {}
     with run.stage("watch"):
         images = torch.cat([images for images, _ in batches])
         prompts = [prompt for _, told in batches for prompt in told]
         rows = first_groups(group_ids[: len(images)], monitor.options.pictures).nonzero().flatten().tolist()
-        judges = {name: judge for name, judge in parts.judges.items() if name != "reward"}
+        judges = {name: judge for name, judge in state.judges.items() if name != "reward"}
         watched = {name: judge(images[rows], [prompts[r] for r in rows]) for name, judge in judges.items()}
         found = monitor.update(step, images, group_ids, rewards, watched, kl)
     return {f"monitor_{name}": value for name, value in monitor.latest.items()} | _tell(run, monitor, found)
 
 
-def watch_evaluation(run: Run, parts: setup.Parts, step: int, evaluation: Evaluation, logged: dict[str, Any]) -> None:
+def watch_evaluation(
+    run: Run, state: setup.TrainState, step: int, evaluation: Evaluation, logged: dict[str, Any]
+) -> None:
     """Show the monitor an evaluation under way, beside the one before; as `watch`, adding to what is logged."""
-    if parts.monitor is None or not run.main or parts.before is None:
+    if state.monitor is None or not run.main or state.before is None:
         return
-    told = _tell(run, parts.monitor, parts.monitor.compare(step, parts.before.scores, evaluation.scores))
+    told = _tell(run, state.monitor, state.monitor.compare(step, state.before.scores, evaluation.scores))
     logged |= {name: [*logged.get(name, ()), *words] for name, words in told.items()}
 
 
@@ -63,12 +65,12 @@ def _tell(run: Run, monitor: Monitor, found: list[Finding]) -> dict[str, list[st
     return {"findings": [str(finding) for finding in found]} if found else {}
 
 
-def roll_back(run: Run, parts: setup.Parts) -> None:
+def roll_back(run: Run, state: setup.TrainState) -> None:
     """Put back the best checkpoint so far, if there is one; what was spent since stays counted."""
-    if parts.best is None:
+    if state.best is None:
         return run.say("there is no evaluation before the alarm to go back to; the last weights are kept")
-    spent, monitor = (parts.train_seconds, parts.images_sampled, parts.best), parts.monitor
-    parts.monitor = None  # it keeps what it found
-    setup.restore(Path(run.folder, "checkpoints", f"step-{parts.best[1]}"), parts)
-    (parts.train_seconds, parts.images_sampled, parts.best), parts.monitor = spent, monitor
-    run.say(f"went back to step {parts.step}, the best on held-out prompts")
+    spent, monitor = (state.train_seconds, state.images_sampled, state.best), state.monitor
+    state.monitor = None  # it keeps what it found
+    setup.restore(Path(run.folder, "checkpoints", f"step-{state.best[1]}"), state)
+    (state.train_seconds, state.images_sampled, state.best), state.monitor = spent, monitor
+    run.say(f"went back to step {state.step}, the best on held-out prompts")
