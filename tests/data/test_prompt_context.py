@@ -52,7 +52,7 @@ def test_a_reward_of_a_training_sees_the_context_of_its_samples_in_batches_and_e
     scorer = Scorer(as_reward(weighed), torch.device("cpu"), 0, PromptContext.of_files(str(prompt_set)))
     images, prompts = torch.rand(2, 3, 4, 4), ["a cat", "a red bird"]
     [scored] = scorer.submit([images], prompts, torch.tensor([0, 1])).result()
-    assert scored.parts.tolist() == [[0.0, 3.0]]
+    assert scored.total.tolist() == [0.0, 3.0]
     assert scorer.evaluate(images, prompts).tolist() == [0.0, 3.0]
 
 

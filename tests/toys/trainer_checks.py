@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from visalign.pipeline.generator import Generator
+from visalign.training.loop.batches import Batch, GatheredScores, Submitted
 from visalign.training.run.checkpoint import load_checkpoint
 from visalign.training.run.folder import read_metrics
 
@@ -35,7 +37,7 @@ def lines(folder: Path) -> list[dict]:
 def assert_equal_runs(one: Path, other: Path, step: int) -> None:
     """The same weights, average, optimiser, place, memory, metrics and summary, bit by bit."""
     (values, state), (others, other_state) = (load_checkpoint(r / "checkpoints" / f"step-{step}") for r in (one, other))
-    assert values.keys() == others.keys() == {"trained", "ema", "optimizer", "before"}
+    assert values.keys() == others.keys() >= {"trained", "ema", "optimizer", "before"}
     for name in values:
         assert values[name].keys() == others[name].keys()
         assert all(torch.equal(values[name][k], others[name][k]) for k in values[name]), name
@@ -46,6 +48,13 @@ def assert_equal_runs(one: Path, other: Path, step: int) -> None:
     for summary in summaries:
         del summary["train_seconds"], summary["peak_memory_bytes"]
     assert summaries[0] == summaries[1]
+
+
+def scored(trainer, batches: Iterable[Batch]) -> tuple[Submitted, GatheredScores]:
+    """Batches, sampled and handed to the trainer's reward as its iteration does, and all their scores."""
+    with torch.no_grad():
+        submitted = trainer.loop.submit(batches)
+    return submitted, trainer.loop.collect([submitted])
 
 
 def stop_in_step(monkeypatch, trainer: type, step: int) -> None:

@@ -16,7 +16,7 @@ from visalign.training.before.preflight import make_plan
 from visalign.training.loop.batches import cut
 from visalign.training.loop.training_loop import TrainingLoop, open_training
 from visalign.training.reward_gradient.gradients import OTHERS
-from visalign.training.reward_gradient.parts import Learnt
+from visalign.training.reward_gradient.parts import UpdateLog
 from visalign.transitions import MemorylessFlow, flow_sde, make_transition
 from visalign.transitions.memoryless import memoryless_diffusion, memoryless_flow
 
@@ -201,7 +201,7 @@ def drawn(trainer):
 def test_the_first_adjoint_is_the_gradient_of_the_reward_along_the_whole_trajectory(loop):
     trainer = trainer_of(loop, reward_scale=3.0)
     some, trajectory = drawn(trainer)
-    states, found = trainer.adjoints(some, trajectory, Learnt())
+    states, found = trainer.adjoints(some, trajectory, UpdateLog())
     x, steps = states[0].clone().requires_grad_(), {}
     state = x
     for k in range(4):  # with the noise that was drawn, held fixed
@@ -219,7 +219,7 @@ def test_the_first_adjoint_is_the_gradient_of_the_reward_along_the_whole_traject
 def test_adjoints_belong_to_the_base_and_the_loss_to_the_policy(loop):
     trainer = trainer_of(loop)
     some, trajectory = drawn(trainer)
-    states, found = trainer.adjoints(some, trajectory, Learnt())
+    states, found = trainer.adjoints(some, trajectory, UpdateLog())
     prediction = trainer.generator.predict(states[1], 1, some.prompts, some.seeds).detach()
     loss = trainer.loss(states, found, 1, prediction, prediction)
     sigma, sigma_next = trainer.schedule.step(1)
@@ -228,7 +228,7 @@ def test_adjoints_belong_to_the_base_and_the_loss_to_the_policy(loop):
     fresh = {k: v.clone() for k, v in loop.state.policy.tensors().items()}
     for p in loop.state.policy.trained.values():
         p.data += 0.05
-    again = trainer.adjoints(some, trajectory, Learnt())[1]
+    again = trainer.adjoints(some, trajectory, UpdateLog())[1]
     loop.state.policy.load(fresh)
     torch.testing.assert_close(again[0], found[0])
     following = trainer_of(loop, pairing="next").loss(states, found, 1, prediction, prediction)
@@ -242,9 +242,9 @@ def test_adjoints_belong_to_the_base_and_the_loss_to_the_policy(loop):
 def test_smoothing_averages_gradients_of_copies(loop):
     trainer, rough = trainer_of(loop, smoothing=3, smoothing_noise=0.5), trainer_of(loop)
     some, trajectory = drawn(rough)
-    smooth, plain = (t.terminal(some, trajectory.final, Learnt()) for t in (trainer, rough))
+    smooth, plain = (t.terminal(some, trajectory.final, UpdateLog()) for t in (trainer, rough))
     assert smooth.shape == plain.shape and (smooth - plain).norm() > 0.01 * plain.norm()
-    still = trainer_of(loop, smoothing=3, smoothing_noise=0.0).terminal(some, trajectory.final, Learnt())
+    still = trainer_of(loop, smoothing=3, smoothing_noise=0.0).terminal(some, trajectory.final, UpdateLog())
     torch.testing.assert_close(still, plain)
     assert isinstance(rough.transition, MemorylessFlow)
 
@@ -255,7 +255,7 @@ def test_a_diffusion_whose_last_step_has_noise_is_trained_too(loop, tmp_path):
     with open_training(cfg, make_plan(cfg, "adjoint_matching"), cfg.prompts_per_step) as other:
         trainer = AdjointMatching(other)
         some, trajectory = drawn(trainer)
-        states, found = trainer.adjoints(some, trajectory, Learnt())
+        states, found = trainer.adjoints(some, trajectory, UpdateLog())
         assert sorted(states) == [0, 1, 2, 3] and sorted(found) == [0, 1, 2, 3, 4]
         groups = iteration_groups(other.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed)
         values = trainer.update(0, groups)[0]

@@ -9,6 +9,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from accelerate import Accelerator
+from trainer_checks import scored
 
 from visalign.data.prompts import iteration_groups
 from visalign.objectives.rebel import rebel_loss
@@ -76,9 +77,10 @@ class Bench:
     def sampled(self, trainer, step=0):
         cfg = trainer.cfg
         groups = iteration_groups(self.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed)
-        with torch.no_grad():
-            batches = trainer.sample(groups)
-        return batches, trainer.assign_advantages(batches, groups)
+        submitted, scores = scored(trainer, trainer.sample(groups))
+        advantages, values = trainer.advantages(scores, groups)
+        (batches,) = scores.assign([submitted], advantages)
+        return batches, values
 
     def recorded(self):
         """One batch of the unmoved policy, with made-up advantages; sampled once."""
@@ -190,7 +192,7 @@ def test_rebels_gradient_is_that_of_its_loss_over_the_sums_of_all_steps(benches,
     assert ratios.abs().max() > 1e-3
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     torch.testing.assert_close(sums["rebel_loss"] / sums["count"], loss.mean().detach(), rtol=1e-4, atol=1e-6)
-    unscored = replace(batch, scores=replace(batch.scores, valid=torch.tensor([True, False, True, True])))
+    unscored = replace(batch, valid=torch.tensor([True, False, True, True]))
     dropped, _ = bench.gradient(trainer, unscored, scale=1 / (4 * len(steps)))
     rebel_loss(bench.log_ratios(trainer, batch.trajectory).sum(1), batch.advantages, 3.0)[1].div(2).backward()
     wanted = bench.flat_gradient()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from trainer_checks import scored
 
 from visalign.advantages.group import group_advantages
 from visalign.data.prompts import iteration_groups
@@ -42,9 +43,9 @@ class Bench:
         groups = iteration_groups(
             self.plan.prompts, step, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
         )
-        with torch.no_grad():
-            batches = trainer.sample(step, groups)
-        return batches, trainer.assign_advantages(batches)
+        submitted, scores = scored(trainer, trainer.sample(step, groups))
+        (batches,) = scores.assign([submitted], trainer.advantages(scores))
+        return batches, scores
 
     def recorded(self):
         """Fresh copies of the batches of an unmoved policy, with means; sampled once."""
@@ -123,8 +124,8 @@ def test_before_the_first_update_every_ratio_is_exactly_1_and_the_loss_is_minus_
 
 def test_the_update_raises_the_likelihood_of_what_was_better(bench):
     trainer = bench.trainer(clip_range=10.0)
-    batches, values = bench.sampled(trainer)
-    assert sum(len(b.group_ids) for b in batches) == 6 and values["zero_std_groups"] == 0
+    batches, scores = bench.sampled(trainer)
+    assert sum(len(b.group_ids) for b in batches) == 6 and scores.values()["zero_std_groups"] == 0
     assert abs(sum(b.advantages.sum().item() for b in batches)) < 1e-4
     trainer.update(0, [batches])
     gain = []
@@ -145,7 +146,7 @@ def test_the_kl_alone_has_a_gradient_and_is_zero_for_a_fresh_lora(bench):
     trainer = bench.trainer(kl_weight=1.0)
     batches = bench.recorded()
     for batch in batches:
-        batch.advantages = torch.zeros_like(batch.advantages)
+        batch.advantages.zero_()
     flat, sums = bench.gradient(trainer, batches)
     assert sums["kl"] == 0 and flat.abs().max() == 0  # a minimum
     bench.move()
@@ -202,7 +203,7 @@ def test_the_kinds_of_kl_differ(bench):
     gradients = {}
     for kind in ("gaussian", "flow_grpo", "x", "v"):
         for batch in batches:
-            batch.advantages = torch.zeros_like(batch.advantages)
+            batch.advantages.zero_()
         gradients[kind], sums = bench.gradient(bench.trainer(kl_weight=1.0, kl_type=kind), batches)
         assert sums["kl"] > 0 and gradients[kind].norm() > 0
     names = list(gradients)
@@ -219,14 +220,11 @@ def test_random_choice_of_trained_steps_changes_from_step_to_step_and_repeats(be
 
 
 def test_advantages_by_the_group_or_over_all(bench):
-    batches = bench.recorded()
-    for batch in batches:
-        shaped = batch.scores.shaped * torch.where(batch.group_ids == 0, 100.0, 1.0)
-        batch.scores = replace(batch.scores, shaped=shaped)
+    _, scores = bench.sampled(bench.trainer())
+    scores = replace(scores, total=scores.total * torch.where(scores.group_ids == 0, 100.0, 1.0))
     results = {}
     for std, clip in (("global", 5.0), ("group", 5.0), ("group", 0.5)):
-        bench.trainer(advantage_std=std, max_advantage=clip).assign_advantages(batches)
-        results[std, clip] = torch.cat([b.advantages for b in batches])
+        results[std, clip] = bench.trainer(advantage_std=std, max_advantage=clip).advantages(scores)
     assert (results["global", 5.0] - results["group", 5.0]).abs().max() > 0.1
     assert results["group", 0.5].abs().max() == 0.5 < results["group", 5.0].abs().max()
 
@@ -237,16 +235,16 @@ def test_a_combination_that_needs_all_samples_gets_them_and_failures_get_no_adva
     results = []
     for size in (2, 6):
         trainer = bench.trainer(reward, batch_size=size)
-        batches, values = bench.sampled(trainer)
-        assert len(batches) == 6 // size and {"reward_gold", "reward_jpeg_compressibility"} <= set(values)
+        batches, scores = bench.sampled(trainer)
+        assert len(batches) == 6 // size and {"reward_gold", "reward_jpeg_compressibility"} <= set(scores.values())
         results.append(torch.cat([b.advantages for b in batches]))
-        shaped = torch.cat([b.scores.shaped for b in batches], 1)
-        wanted = reward.combine(shaped.double(), torch.cat([b.group_ids for b in batches])).float()
+        wanted = reward.combine(scores.shaped, torch.cat([b.group_ids for b in batches])).float()
         torch.testing.assert_close(results[-1], wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(*results, atol=1e-5, rtol=0)
-    batches[0].scores = replace(batches[0].scores, valid=torch.tensor([False] + [True] * 5))
-    assert trainer.assign_advantages(batches)["failed_scores"] == 1
-    assert batches[0].advantages[0] == 0 and torch.equal(batches[0].advantages[1:], results[-1][1:])
+    failed = replace(scores, valid=torch.tensor([False] + [True] * 5))
+    advantages = trainer.advantages(failed)
+    assert failed.values()["failed_scores"] == 1
+    assert advantages[0] == 0 and torch.equal(advantages[1:], results[-1][1:])
 
 
 def test_combined_scores_become_advantages_in_their_groups_and_are_combined_once(bench, monkeypatch):
@@ -257,12 +255,12 @@ def test_combined_scores_become_advantages_in_their_groups_and_are_combined_once
     )
     monkeypatch.setattr(Scorer, "combine", lambda self, *given: asked.append(given) or whole(self, *given))
     trainer = bench.trainer(reward, batch_size=2)
-    batches, values = bench.sampled(trainer)
+    batches, scores = bench.sampled(trainer)
     assert len(asked) == 1
-    scores = torch.cat([b.scores.shaped for b in batches], 1).amin(0)
-    wanted = group_advantages(scores, torch.cat([b.group_ids for b in batches]), std="global")
+    values, lowest = scores.values(), scores.shaped.amin(0).float()
+    wanted = group_advantages(lowest, torch.cat([b.group_ids for b in batches]), std="global")
     torch.testing.assert_close(torch.cat([b.advantages for b in batches]), wanted, atol=1e-4, rtol=0)
-    assert values["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert values["reward_mean"] == pytest.approx(lowest.mean().item(), abs=1e-5)
 
 
 def test_a_failing_reward_takes_the_samples_advantage_only_if_it_counts(bench):
@@ -274,8 +272,8 @@ def test_a_failing_reward_takes_the_samples_advantage_only_if_it_counts(bench):
         members.append(Member("picky", weight, as_reward(fails_on_the_first, "picky")))
         combine = Combine("gated", {"gates": gates}) if gates else Combine()
         trainer = bench.trainer(CombinedReward(members, combine), batch_size=6)
-        (batch,), values = bench.sampled(trainer)
-        assert (values["failed_scores"] == 0) == (batch.advantages[0] != 0) == valid
+        (batch,), scores = bench.sampled(trainer)
+        assert (scores.values()["failed_scores"] == 0) == (batch.advantages[0] != 0) == valid
         assert batch.advantages[1:].all()
 
 
@@ -290,8 +288,8 @@ def test_a_groupwise_reward_sees_whole_groups_whatever_the_batch_size(bench):
             return torch.stack([(light[i] == light[ids == ids[i]].max()).float() for i in range(len(light))])
 
     trainer = bench.trainer(Best(), batch_size=2)  # groups of three
-    batches, _ = bench.sampled(trainer)
-    rewards, ids = torch.cat([b.scores.shaped[0] for b in batches]), torch.cat([b.group_ids for b in batches])
+    _, scores = bench.sampled(trainer)
+    rewards, ids = scores.total, scores.group_ids
     assert [float(rewards[ids == k].sum()) for k in (0, 1)] == [1.0, 1.0]
 
 
@@ -299,8 +297,8 @@ def test_scoring_in_threads_changes_nothing(bench):
     results = []
     for threads in (0, 2):
         trainer = bench.trainer(make_reward("jpeg_compressibility+gold"), threads, batch_size=2)
-        batches, values = bench.sampled(trainer)
-        results.append((torch.cat([b.advantages for b in batches]), values["reward_mean"]))
+        batches, scores = bench.sampled(trainer)
+        results.append((torch.cat([b.advantages for b in batches]), scores.values()["reward_mean"]))
         trainer.scorer.close()
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 

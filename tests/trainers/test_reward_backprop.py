@@ -33,7 +33,7 @@ from visalign.training.loop.training_loop import TrainingLoop
 from visalign.training.policy import scaled_change
 from visalign.training.reward_gradient import options as backprop_options
 from visalign.training.reward_gradient import parts as backprop_parts
-from visalign.training.reward_gradient.parts import Learnt, batches
+from visalign.training.reward_gradient.parts import UpdateLog, batches
 from visalign.training.run import outcome
 from visalign.training.run.folder import Run, read_metrics
 from visalign.transitions import ode_of
@@ -97,8 +97,8 @@ class Bench:
         cfg = replace(self.cfg, **changes)
         scorer = Scorer(make_reward(cfg.reward), torch.device("cpu"))
         pictures = DrawnShapes() if cfg.data else None
-        parts = replace(self.state, scorer=scorer)
-        return RewardBackprop(TrainingLoop(cfg, self.plan, self.accelerator, parts, self.run), pictures)
+        state, plan = replace(self.state, scorer=scorer), replace(self.plan, pictures=pictures)
+        return RewardBackprop(TrainingLoop(cfg, plan, self.accelerator, state, self.run))
 
     def groups(self, trainer, step=0):
         cfg = trainer.cfg
@@ -119,8 +119,8 @@ class Bench:
 
         trainer.state.apply_gradients = keep
         groups = self.groups(trainer, step) if groups is None else groups
-        values, learnt = trainer.update(step, groups)
-        return torch.cat(kept), values, learnt
+        values, log, _ = trainer.update(step, groups)
+        return torch.cat(kept), values, log
 
     def remembered(self, **changes):
         """The gradient, taken once for each set of changes."""
@@ -148,9 +148,9 @@ def close(one, other, tolerance=1e-4):
 def test_every_method_has_a_gradient_that_does_not_depend_on_batches_or_processes(bench, method):
     changes = dict(method=method, **METHODS[method])
     changes |= dict(levels_per_step=2) if changes.get("data") else {}  # it would be refused without effect
-    whole, values, learnt = bench.gradient(**changes)
+    whole, values, log = bench.gradient(**changes)
     assert whole.norm() > 0 and whole.isfinite().all() and values["scored"] == 2
-    assert sum(len(images) for images, _ in learnt.shown) == 2
+    assert sum(len(images) for images, _ in log.images) == 2
     again, _, _ = bench.gradient(**{**changes, "batch_size": 1})
     assert close(again, whole, 1e-3)
     groups = bench.groups(bench.trainer(**changes))
@@ -177,7 +177,7 @@ def test_only_the_policy_gets_gradients_and_only_the_last_calls_have_one(bench):
     hook = bench.state.policy.module.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     trainer = bench.trainer(grad_steps=2, reward="clip_match")
     for batch in batches(trainer.cfg, trainer.generator, None, None, bench.groups(trainer)):
-        trainer.learn_by_reward(0, batch, Learnt(), 1.0)
+        trainer.learn_by_reward(0, batch, UpdateLog(), 1.0)
     hook.remove()
     assert seen == [False, False, True, True] + [False] * 4, "the last four are stubs, on the way to the decoder"
     pipeline, reward = trainer.generator.pipeline, trainer.state.scorer.reward
@@ -347,8 +347,8 @@ def test_a_normalised_mix_does_not_mind_the_scale_of_a_reward(bench, bright):
 
 def test_outside_the_time_mask_only_the_denoising_loss_is_left(bench):
     given = {**METHODS["controlnet"], "method": "controlnet", "prompts_per_step": 4}
-    masked, values, learnt = bench.gradient(**{**given, "time_span": (0, 1), "reward_weight": 100.0})
-    assert values["scored"] == 0 and not learnt.shown and values["data_loss"] > 0
+    masked, values, log = bench.gradient(**{**given, "time_span": (0, 1), "reward_weight": 100.0})
+    assert values["scored"] == 0 and not log.images and values["data_loss"] > 0
     assert close(masked, bench.gradient(**{**given, "reward_weight": 0.0})[0]) and masked.norm() > 0
     ramped = bench.gradient(**{**given, "method": "ctrl_u", "doubt_weight": 0.0, "ramp_steps": 9})[0]
     assert close(ramped, masked, 0.05), "both passes' mean, a thousandth apart"
@@ -371,8 +371,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bench):
 
     nothing.differentiable = True
     trainer.reward = replace(trainer.reward, reward=as_reward(nothing))
-    values, learnt = trainer.update(0, bench.groups(trainer))
-    assert trainer.state.skipped == 1 and values["skipped_updates"] == 1 and not learnt.shown
+    values, log, _ = trainer.update(0, bench.groups(trainer))
+    assert trainer.state.skipped == 1 and values["skipped_updates"] == 1 and not log.images
     assert all(torch.equal(v, before[k]) for k, v in bench.state.policy.tensors().items())
 
 

@@ -74,7 +74,7 @@ def sampled(trainer, step=0):
 
 def assigned(trainer, step=0):
     branches, groups = sampled(trainer, step)
-    return branches, trainer.assign_advantages(step, branches, groups)
+    return branches, trainer.assign_advantages(step, branches, groups)[0]
 
 
 def brightness(tree):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_checks import refused
+from trainer_checks import refused, scored
 
 from visalign.advantages.group import group_advantages
 from visalign.data.prompts import iteration_groups
@@ -56,14 +56,17 @@ def sampled(trainer):
     groups = iteration_groups(
         trainer.loop.plan.prompts, 0, cfg.prompts_per_step, cfg.group_size, cfg.seed, cfg.same_latents
     )
-    with torch.no_grad():
-        return trainer.sample(groups)
+    return scored(trainer, trainer.sample(groups))
 
 
-def advantages(trainer, batches):
-    values = trainer.assign_advantages(batches)
+def advantages(trainer, batches, valid=None):
+    """Of the trained steps (T, N), what is logged, and the batches with theirs."""
+    submitted, scores = batches
+    scores = scores if valid is None else replace(scores, valid=valid)
+    found, values, _ = trainer.advantages(scores)
+    (batches,) = scores.assign([submitted], found.flatten())
     by_step = torch.cat([b.advantages.view(trainer.cfg.num_steps, -1) for b in batches], 1)
-    return by_step[trainer.trained], values
+    return by_step[trainer.trained], values, batches
 
 
 class Counting:
@@ -118,8 +121,8 @@ def test_the_value_pass_scores_a_batch_in_one_call_and_a_group_reward_sees_each_
 
 def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_steps_advantage(loop):
     trainer = trainer_of(loop, batch_size=6)
-    (batch,) = batches = sampled(trainer)
-    by_step, seen = advantages(trainer, batches)[0], []
+    by_step, _, (batch,) = advantages(trainer, sampled(trainer))
+    seen = []
 
     def look(i, _latents, prediction):
         loss, stats = trainer.loss(batch.trajectory, i, prediction, by_step[i], None)
@@ -135,7 +138,7 @@ def test_before_the_first_update_every_ratio_is_1_and_the_loss_is_minus_the_step
 def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grpos(loop):
     scorer = Scorer(Counting(constant=True), torch.device("cpu"))
     trainer = trainer_of(loop, scorer, discount=0.0, batch_size=6)
-    result, _ = advantages(trainer, sampled(trainer))
+    result, *_ = advantages(trainer, sampled(trainer))
     rewards = torch.arange(6).float() / 6
     wanted = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]))
     wanted[0] = 0.0  # its reward is 0 at all steps, so its weight is, too
@@ -157,8 +160,8 @@ def test_with_rewards_that_do_not_change_along_the_way_the_advantage_is_flow_grp
 def test_each_option_of_the_advantages_changes_them(loop, changes):
     trainer = trainer_of(loop)
     batches = sampled(trainer)
-    base, _ = advantages(trainer, batches)
-    other, _ = advantages(trainer_of(loop, **changes), batches)
+    base, *_ = advantages(trainer, batches)
+    other, *_ = advantages(trainer_of(loop, **changes), batches)
     assert (other - base).abs().max() > 1e-3
     if changes == dict(absolute=3.0, absolute_steps=1):
         assert torch.equal(other[1:], base[1:])
@@ -168,7 +171,7 @@ def test_each_option_of_the_advantages_changes_them(loop, changes):
     "changes", [dict(eta=0.3), dict(sampler="cps"), dict(sampler="dance_sde"), dict(same_latents=True)], ids=str
 )
 def test_each_option_of_sampling_changes_the_images(loop, changes):
-    base, other = (sampled(trainer_of(loop, batch_size=6, **given))[0].trajectory for given in ({}, changes))
+    base, other = (sampled(trainer_of(loop, batch_size=6, **given))[0].batches[0].trajectory for given in ({}, changes))
     assert (other.images - base.images).abs().max() > 1e-3
     first = other.latents[0]
     assert torch.equal(first[0], first[1]) == ("same_latents" in changes)
@@ -185,25 +188,24 @@ def test_negative_rewards_are_shifted_and_remembered_or_refused(loop, world_file
     scorer = Scorer(make_reward(f"{world_files / 'dark.py'}:dark"), torch.device("cpu"))
     trainer = trainer_of(loop, scorer)
     batches = sampled(trainer)
-    result, values = advantages(trainer, batches)
+    result, values, _ = advantages(trainer, batches)
     lowest = loop.state.extra["reward_minimum"]
     assert result.isfinite().all() and lowest < -1 and values["reward_mean"] < -1
-    assert trainer.seen[1].max() < -1, "the watch sees rewards as they are"
+    assert trainer.advantages(batches[1])[2][1].max() < -1, "the watch sees rewards as they are"
     loop.state.extra["reward_minimum"] = -100.0
-    again, _ = advantages(trainer, batches)
+    again, *_ = advantages(trainer, batches)
     assert loop.state.extra["reward_minimum"] == -100 and (again - result).abs().max() > 1e-3
     with pytest.raises(ValueError, match="^reward: got -.* expected >= 0"):
-        trainer_of(loop, scorer, negative_rewards="refuse").assign_advantages(batches)
+        trainer_of(loop, scorer, negative_rewards="refuse").advantages(batches[1])
 
 
 def test_a_failed_score_leaves_its_sample_without_an_advantage(loop):
     trainer = trainer_of(loop, batch_size=6)
     batches = sampled(trainer)
-    base, _ = advantages(trainer, batches)
+    base, *_ = advantages(trainer, batches)
     valid = torch.ones(4, 6, dtype=torch.bool)
     valid[1, 2] = False
-    batches[0].scores = replace(batches[0].scores, valid=valid.flatten())
-    result, values = advantages(trainer, batches)
+    result, values, _ = advantages(trainer, batches, valid.flatten())
     assert values["failed_scores"] == 1 and result[:, 2].abs().max() == 0
     assert torch.equal(result[:, [0, 1, 3, 4, 5]], base[:, [0, 1, 3, 4, 5]])
 
@@ -219,8 +221,7 @@ def gradient(trainer, batches):
 
 def test_options_of_the_objective_change_the_gradient(loop):
     trainer = trainer_of(loop, clip_range=10.0)
-    batches = sampled(trainer)
-    advantages(trainer, batches)
+    *_, batches = advantages(trainer, sampled(trainer))
     generator = torch.Generator().manual_seed(0)
     for p in loop.state.policy.trained.values():
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
@@ -247,8 +248,7 @@ def test_samples_and_advantages_do_not_depend_on_the_batch_size(loop):
 
 def test_inner_epochs_make_that_many_updates(loop):
     trainer = trainer_of(loop, inner_epochs=2)
-    batches = sampled(trainer)
-    advantages(trainer, batches)
+    *_, batches = advantages(trainer, sampled(trainer))
     trainer.update(0, batches)
     assert next(iter(loop.state.optimizer.state.values()))["step"] == 2
 

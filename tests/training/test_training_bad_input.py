@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from visalign.pipeline.generator import Generator
 from visalign.trainers import flow_grpo
+from visalign.training.before import preflight
 from visalign.training.run.checkpoint import save_checkpoint
 from visalign.worlds import MODELS
 
@@ -162,5 +163,5 @@ def test_a_failure_while_loading_is_one_line_too(cli, monkeypatch):
 
 def test_prompts_that_stand_in_both_sets_are_told(options, world_files):
     both = {**options, "eval_prompts": options["prompts"]}
-    plan = flow_grpo.preflight.make_plan(flow_grpo.Config(**both))
+    plan = preflight.make_plan(flow_grpo.Config(**both))
     assert plan.warnings == ["4 of 4 evaluation prompts also stand in the training set"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visalign.data.prompts import iteration_groups
-from visalign.training.loop.batches import Batch, Gathered, cut
+from visalign.training.loop.batches import Batch, GatheredScores, Submitted, cut
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
@@ -20,13 +20,14 @@ def test_batches_hold_every_member_once_in_order(size):
     assert [p for b in batches for p in b.prompts] == [g.prompt for g in groups for _ in range(4)]
 
 
-def gathered(process: int) -> Gathered:
+def gathered(process: int) -> GatheredScores:
     """Of two processes with groups 0, 2 and 1, 3, whose rewards are their place in the order of gathering."""
     ids, rewards = torch.tensor([0, 0, 2, 2, 1, 1, 3, 3]), torch.arange(8.0).double()
     order = torch.argsort(ids, stable=True)
     valid = rewards[order] != 5
     share = slice(4 * process, 4 * process + 4)
-    return Gathered(ids[order], rewards[order][None], rewards[order][None], rewards[order], valid, ("r",), order, share)
+    ordered = rewards[order]
+    return GatheredScores(ordered, {"r": ordered}, ordered[None], valid, group_ids=ids[order], order=order, share=share)
 
 
 def test_each_process_gets_its_own_advantages_and_none_where_scoring_failed():
@@ -34,13 +35,15 @@ def test_each_process_gets_its_own_advantages_and_none_where_scoring_failed():
         scores = gathered(process)
         trajectory = SimpleNamespace(final=torch.zeros(2))
         batches = [Batch(trajectory, torch.zeros(n, dtype=torch.int64)) for n in (3, 1)]
-        scores.assign(batches, scores.rewards)
-        assert torch.cat([b.advantages for b in batches]).tolist() == wanted
-        assert scores.mine(scores.rewards).tolist() == [4 * process + k for k in range(4)]
+        shares = [Submitted(batches[:1], []), Submitted(batches[1:], [])]
+        (first,), (second,) = scores.assign(shares, scores.total)
+        assert torch.cat([first.advantages, second.advantages]).tolist() == wanted
+        assert torch.cat([first.valid, second.valid]).tolist() == [w == 4 * process + k for k, w in enumerate(wanted)]
+        assert scores.local(scores.total).tolist() == [4 * process + k for k in range(4)]
 
 
 def test_the_watch_sees_the_main_processs_samples_first_and_the_log_is_the_same_on_all():
-    ids, rewards = gathered(0).seen
+    ids, rewards = gathered(0).as_gathered
     assert ids.tolist() == [0, 0, 2, 2, 1, 1, 3, 3] and rewards.tolist() == list(range(8))
     values = gathered(0).values()
     assert values == gathered(1).values() and values["reward_mean"] == 3.5 and values["failed_scores"] == 1
