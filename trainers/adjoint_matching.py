@@ -128,9 +128,9 @@ class AdjointMatching(Trainer):
             return self.transition(self.schedule, k, x, prediction)[0].mean
 
         with self.run.stage("adjoint"), self.state.policy.reference():
-            found = lean_adjoints(states, self.terminal(samples, trajectory.final, log), mean)
-        log.add("adjoint_norm", found[0].flatten(1).norm(dim=1))
-        return states, found
+            adjoints = lean_adjoints(states, self.terminal(samples, trajectory.final, log), mean)
+        log.add("adjoint_norm", adjoints[0].flatten(1).norm(dim=1))
+        return states, adjoints
 
     def loss(
         self, states: dict[int, Tensor], adjoints: dict[int, Tensor], i: int, prediction: Tensor, base: Tensor

@@ -195,11 +195,11 @@ class FlowGRPO(Trainer):
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""
-        kept = trained_steps(stored, self.cfg.share_trained) if len(stored) > 1 else stored
+        first = trained_steps(stored, self.cfg.share_trained) if len(stored) > 1 else stored
         if self.cfg.timestep_choice == "first":
-            return kept
+            return first
         generator = torch.Generator().manual_seed(derived_seed(self.cfg.seed, 5, step))
-        chosen = torch.randperm(len(stored), generator=generator)[: len(kept)]
+        chosen = torch.randperm(len(stored), generator=generator)[: len(first)]
         return sorted(stored[i] for i in chosen)
 
     def backward(self, batch: Batch, steps: list[int], scale: float) -> dict[str, Tensor]:

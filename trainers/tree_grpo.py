@@ -370,10 +370,10 @@ class TreeGRPO(Trainer):
             live = advantages.cpu().ne(0).nonzero().flatten()  # no forward for edges without signal
             nodes = layer.parents[layer.drawn[live]].unique()
             for rows in nodes.split(self.cfg.batch_size) if len(live) else ():
-                mine = live[torch.isin(layer.parents[layer.drawn[live]], rows)]
-                starts = torch.searchsorted(rows, layer.parents[layer.drawn[mine]]).to(tree.final.device)
-                told = [(tree.prompts[r], tree.seeds[r]) for r in tree.roots[i][rows].tolist()]
-                latents, edges = layer.latents[rows.to(tree.final.device)], mine.to(tree.final.device)
+                local = live[torch.isin(layer.parents[layer.drawn[live]], rows)]
+                starts = torch.searchsorted(rows, layer.parents[layer.drawn[local]]).to(tree.final.device)
+                roots = [(tree.prompts[r], tree.seeds[r]) for r in tree.roots[i][rows].tolist()]
+                latents, edges = layer.latents[rows.to(tree.final.device)], local.to(tree.final.device)
                 actions, old, credit = layer.next_latents[edges], layer.log_probs[edges], advantages[edges]
 
                 def loss(
@@ -384,7 +384,7 @@ class TreeGRPO(Trainer):
                     surrogate, stats = clipped_surrogate(gaussian.log_prob(actions), old, credit, self.cfg.clip_range)
                     return surrogate * weight, stats
 
-                prompts, seeds = [p for p, _ in told], [s for _, s in told]
+                prompts, seeds = [p for p, _ in roots], [s for _, s in roots]
                 add_sums(sums, add_gradients(self.generator, prompts, seeds, {i: latents}, loss, scale))
         return sums
 

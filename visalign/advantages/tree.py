@@ -53,15 +53,15 @@ def keep_by_width(rewards: Tensor, branches: Tensor, mode: Literal["none", "half
     """
     if mode not in ("none", "half", "extremes"):
         raise ValueError(f"mode: got {mode!r}, expected 'none', 'half' or 'extremes'")
-    kept = torch.full((len(rewards),), mode == "none")
+    selected = torch.full((len(rewards),), mode == "none")
     if mode == "none":
-        return kept
+        return selected
     for branch in branches.unique():
         rows = (branches == branch).nonzero().flatten()
         order = rows[rewards[rows].argsort(descending=True, stable=True)]
         worst = rows[rewards[rows].argmin()]
-        kept[order[: max(1, len(rows) // 2)] if mode == "half" else torch.stack([order[0], worst])] = True
-    return kept
+        selected[order[: max(1, len(rows) // 2)] if mode == "half" else torch.stack([order[0], worst])] = True
+    return selected
 
 
 def pruned_depths(step: int, size: int, iterations: int, last: int) -> range:
@@ -137,10 +137,10 @@ def select_branches(scores: Tensor, branches: Tensor, high: float = 0.5, low: fl
     """
     if not low <= high:
         raise ValueError(f"high, low: got {high}, {low}, expected low <= high")
-    kept = torch.zeros(len(scores), dtype=torch.bool)
+    selected = torch.zeros(len(scores), dtype=torch.bool)
     for branch in branches.unique():
         rows = (branches == branch).nonzero().flatten()
         best, worst = rows[scores[rows].argmax()], rows[scores[rows].argmin()]
-        kept[best] |= bool(scores[best] >= high)
-        kept[worst] |= bool(scores[worst] < low)
-    return kept
+        selected[best] |= bool(scores[best] >= high)
+        selected[worst] |= bool(scores[worst] < low)
+    return selected

@@ -64,5 +64,5 @@ def matched_steps(noisy: list[int], generator: torch.Generator, share: float = 0
     """
     count = max(1, round(share * len(noisy)))
     first, last = noisy[:-count], noisy[-count:]
-    drawn = torch.randperm(len(first), generator=generator)[: max(1, round(share * len(first)))].tolist()
-    return sorted([first[k] for k in drawn] + last)
+    chosen = torch.randperm(len(first), generator=generator)[: max(1, round(share * len(first)))].tolist()
+    return sorted([first[k] for k in chosen] + last)

@@ -99,8 +99,8 @@ def masked_mean(values: Tensor, timesteps: Tensor, t_min: float, t_max: float, c
     Args:
         count: how many there are in all, where these values are some of a larger batch; None: those here.
     """
-    kept = ((timesteps >= t_min) & (timesteps <= t_max)).to(values)
-    return (values * kept).sum() / ((kept.sum() if count is None else count) + 1e-10)
+    within = ((timesteps >= t_min) & (timesteps <= t_max)).to(values)
+    return (values * within).sum() / ((within.sum() if count is None else count) + 1e-10)
 
 
 def doubt_weighted(losses: Tensor, doubt: Tensor) -> Tensor:

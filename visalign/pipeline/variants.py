@@ -101,7 +101,7 @@ class Variants:
         other = self._read(variant, module)
         own = {key.replace(".base_layer.", "."): value for key, value in module.state_dict().items()}  # of a LoRA's
         own = {key: value for key, value in own.items() if key in other and value.is_floating_point()}
-        kept = {key: value.clone() for key, value in own.items()}
+        before = {key: value.clone() for key, value in own.items()}
         try:
             with torch.no_grad():
                 for key, value in own.items():
@@ -110,7 +110,7 @@ class Variants:
         finally:
             with torch.no_grad():
                 for key, value in own.items():
-                    value.copy_(kept[key])
+                    value.copy_(before[key])
 
     def _read(self, variant: Variant, module: nn.Module) -> dict[str, Tensor]:
         key = str(variant.folder)

@@ -101,10 +101,10 @@ class Tree:
 
     def ancestors(self) -> list[Tensor]:
         """T + 1 of (L,): the node of each depth that each leaf descends from, or is."""
-        found = [torch.arange(len(self))]
+        ancestors = [torch.arange(len(self))]
         for layer in reversed(self.layers):
-            found.append(layer.parents[found[-1]])
-        return found[::-1]
+            ancestors.append(layer.parents[ancestors[-1]])
+        return ancestors[::-1]
 
 
 def branched_rollout(
@@ -152,14 +152,19 @@ def branched_rollout(
     while start < schedule.num_steps:
         stop = grower.plan(start)
         rows = len(grower.seeds)
-        told = [(prompts[r], seeds[r]) for r in grower.roots[start].tolist()]
+        roots = [(prompts[r], seeds[r]) for r in grower.roots[start].tolist()]
         for low in range(0, rows, batch_size or rows):
             high = min(rows, low + (batch_size or rows))
             begin = {} if states is None else {"latents": states[low:high], "start": start}
             grower.low, grower.high = low, high
             with torch.set_grad_enabled(grad_mode):
                 generator.denoise(
-                    [p for p, _ in told[low:high]], [s for _, s in told[low:high]], grower, stop=stop, **begin, **inputs
+                    [p for p, _ in roots[low:high]],
+                    [s for _, s in roots[low:high]],
+                    grower,
+                    stop=stop,
+                    **begin,
+                    **inputs,
                 )
         states = grower.close()
         forwards += rows * (stop - start)
@@ -167,11 +172,11 @@ def branched_rollout(
     assert states is not None
     tree = Tree(prompts, seeds, schedule, grower.roots, grower.layers, states, None, forwards)
     if decode:
-        told = [(prompts[r], seeds[r]) for r in tree.roots[-1].tolist()]
+        roots = [(prompts[r], seeds[r]) for r in tree.roots[-1].tolist()]
         size = batch_size or len(tree)
         with torch.no_grad():
             pieces = [
-                generator.decode(states[k : k + size], *zip(*told[k : k + size]), **inputs)
+                generator.decode(states[k : k + size], *zip(*roots[k : k + size]), **inputs)
                 for k in range(0, len(tree), size)
             ]
         tree.images = torch.cat(pieces)
@@ -219,14 +224,14 @@ class _Grower:
     def __call__(self, step_index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         latents, prediction = latents.detach(), prediction.detach()
         parents, drawn, seeds = self.planned[step_index]
-        mine = [e for e, m in enumerate(parents) if self.low <= m < self.high]
-        rows = torch.tensor([parents[e] - self.low for e in mine], device=latents.device)
-        random = [k for k, e in enumerate(mine) if drawn[e]]
+        local = [e for e, m in enumerate(parents) if self.low <= m < self.high]
+        rows = torch.tensor([parents[e] - self.low for e in local], device=latents.device)
+        random = [k for k, e in enumerate(local) if drawn[e]]
         following = self.ode(self.schedule, step_index, latents, prediction)[0].mean[rows]
         actions, log_probs = following[:0], latents.new_zeros(0)
         if random:
             gaussian = self.transition(self.schedule, step_index, latents, prediction)[0].take(rows[random])
-            actions = gaussian.sample(step_noise([seeds[mine[k]] for k in random], step_index, gaussian.mean))
+            actions = gaussian.sample(step_noise([seeds[local[k]] for k in random], step_index, gaussian.mean))
             log_probs = gaussian.log_prob(actions)
             following = following.clone()
             following[random] = actions

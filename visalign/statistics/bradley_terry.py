@@ -63,8 +63,8 @@ def bradley_terry(
         slope = sides.T @ (expit(gap) - won) + strengths / prior**2
         return float(misfit + (strengths**2).sum() / (2 * prior**2)), slope
 
-    found = minimize(loss, np.zeros(count), jac=True, method="BFGS", options={"gtol": 1e-8}).x
-    values = found - found.mean()
+    raw = minimize(loss, np.zeros(count), jac=True, method="BFGS", options={"gtol": 1e-8}).x
+    values = raw - raw.mean()
     chance = expit(sides @ values)
     curvature = (sides * (chance * (1 - chance))[:, None]).T @ sides + np.eye(count) / prior**2
     centred = np.eye(count) - 1 / count

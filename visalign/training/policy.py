@@ -229,18 +229,18 @@ def _targets(module: nn.Module, wanted: Sequence[str] | None) -> Any:
     chosen: set[str] = set()
     for target in wanted or (ALL_LINEAR,):
         if target == ALL_LINEAR:
-            found = set(linear)
+            names = set(linear)
         elif target == "conditioning":
-            found = {name for name in linear if CONDITIONING.search(name)}
+            names = {name for name in linear if CONDITIONING.search(name)}
         else:
             suffixes = ATTENTION_ONLY if target == "attention" else (target,)
-            found = {name for name in linear if any(name == s or name.endswith("." + s) for s in suffixes)}
-        if not found:
+            names = {name for name in linear if any(name == s or name.endswith("." + s) for s in suffixes)}
+        if not names:
             raise ValueError(
                 f"lora_targets: got {target!r}, which this model lacks, expected attention, conditioning, all-linear "
                 f"or names of linear layers, e.g. {linear[:4]}"
             )
-        chosen |= found
+        chosen |= names
     return [name for name in linear if name in chosen]
 
 
@@ -300,8 +300,8 @@ def check_lora_fits(lora: Path, model: Path, rank: int | None = None, alpha: flo
             weights |= {f"{file.parent.name}.{k}".replace(".text_model.", "."): s for k, s in header(file).items()}
     own_alpha = lora_alpha(files[0])
     for key, shape in layers.items():
-        layer, found, side = key.removesuffix(".weight").rpartition(".lora_")
-        if not found or not layer.startswith(_WITH_LORA):
+        layer, dot, side = key.removesuffix(".weight").rpartition(".lora_")
+        if not dot or not layer.startswith(_WITH_LORA):
             continue
         base = weights.get(f"{layer}.weight".replace(".text_model.", "."))
         want = None if base is None else base[1] if side == "A" else base[0]
@@ -319,8 +319,8 @@ def check_lora_fits(lora: Path, model: Path, rank: int | None = None, alpha: flo
 def lora_alpha(file: Path) -> float | None:
     """The alpha that a LoRA file says it was trained with; None where it does not say."""
     with safe_open(str(file), "pt") as f:
-        said = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return next((float(v) for k, v in said.items() if k.endswith("lora_alpha")), None)
+        metadata = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return next((float(v) for k, v in metadata.items() if k.endswith("lora_alpha")), None)
 
 
 def load_lora(policy: Policy, folder: Path) -> None:

@@ -51,8 +51,8 @@ def ddim(
     """
     std = ddim_std(alpha, alpha_prev, eta)
     denoised, noise = prediction_to_denoised_and_noise(latents, prediction, alpha, prediction_type)
-    kept = math.sqrt(max(1 - alpha_prev - std**2, 0.0))
-    return Gaussian.of(math.sqrt(alpha_prev) * denoised + kept * noise, std), denoised
+    direction = math.sqrt(max(1 - alpha_prev - std**2, 0.0))
+    return Gaussian.of(math.sqrt(alpha_prev) * denoised + direction * noise, std), denoised
 
 
 def ddim_std(alpha: float, alpha_prev: float, eta: float = 1.0) -> float:

@@ -90,8 +90,8 @@ def cps(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, eta:
     std = cps_std(sigma, sigma_next, eta)
     denoised = velocity_to_denoised(latents, velocity, sigma)
     noise = velocity_to_noise(latents, velocity, sigma)
-    kept = sigma_next * math.cos(eta * math.pi / 2)
-    return Gaussian.of((1 - sigma_next) * denoised + kept * noise, std)
+    remaining = sigma_next * math.cos(eta * math.pi / 2)
+    return Gaussian.of((1 - sigma_next) * denoised + remaining * noise, std)
 
 
 def cps_std(sigma: float, sigma_next: float, eta: float = 0.8) -> float:

@@ -60,8 +60,8 @@ def examine(cfg: Any) -> Iterator[Finding]:
 
 def _prompts(plan: preflight.Plan) -> Finding:
     repeated = len(plan.prompts) - len(set(plan.prompts))
-    said = f"{len(plan.prompts)} for training ({repeated} repeated), {len(plan.eval_prompts)} held out"
-    return Finding("prompts", not plan.warnings, "; ".join([said, *plan.warnings]))
+    counts = f"{len(plan.prompts)} for training ({repeated} repeated), {len(plan.eval_prompts)} held out"
+    return Finding("prompts", not plan.warnings, "; ".join([counts, *plan.warnings]))
 
 
 def _ratio(state: setup.TrainState, trajectory: Trajectory, transition: Any, clip_range: float) -> Finding:

@@ -78,26 +78,26 @@ def evaluate(
     joins a tensor of all processes, rows in order of process. N prompts give N scores on any number of processes.
     `extras` gives further inputs of the pipeline's call and the judges' context, where some are needed.
     """
-    mine = list(range(process, len(prompts), processes))
+    local = list(range(process, len(prompts), processes))
     scores: dict[str, list[Tensor]] = {name: [] for name in judges}
     images: list[Tensor] = []
-    for start in range(0, len(mine), batch_size):
-        rows = mine[start : start + batch_size]
+    for start in range(0, len(local), batch_size):
+        rows = local[start : start + batch_size]
         texts = [prompts[k] for k in rows]
         seeds = [derived_seed(seed, 4, k) for k in rows]
         inputs, context = extras(rows, texts) if extras else ({}, {})
         noisy: list[int] | None = None if transition.stochastic else []
-        drawn = rollout(generator, texts, seeds, transition, sde_steps=noisy, **inputs).images
-        assert drawn is not None
+        generated = rollout(generator, texts, seeds, transition, sde_steps=noisy, **inputs).images
+        assert generated is not None
         for name, judge in judges.items():
-            scores[name].append(judge(drawn, texts, **({"context": context} if context else {})).double().cpu())
+            scores[name].append(judge(generated, texts, **({"context": context} if context else {})).double().cpu())
         if sum(len(i) for i in images) * processes < keep_images:
-            images.append(drawn.cpu())
+            images.append(generated.cpu())
     joined = {}
     each = -(-len(prompts) // processes)
     for name, parts in scores.items():
         padded = torch.full((each,), float("nan"), dtype=torch.float64)
-        padded[: len(mine)] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        padded[: len(local)] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
         joined[name] = gather(padded).cpu().view(processes, each).T.flatten()[: len(prompts)]
-    kept = torch.cat(images)[:keep_images] if images else torch.empty(0)
-    return Evaluation(list(prompts), joined, kept)
+    examples = torch.cat(images)[:keep_images] if images else torch.empty(0)
+    return Evaluation(list(prompts), joined, examples)

@@ -244,11 +244,11 @@ def keep_best(state: TrainState, evaluation: Evaluation) -> None:
 
 def stopping(run: Run, accelerator: Accelerator) -> bool:
     """Whether any process was asked to stop: the same answer, and if by the hacking watch, WATCH, on all."""
-    mine = 0 if run.stopping is None else 2 if run.stopping == WATCH else 1
-    said = int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
-    if said == 2:
+    status = 0 if run.stopping is None else 2 if run.stopping == WATCH else 1
+    strongest = int(accelerator.gather(torch.tensor([status], device=accelerator.device)).max())
+    if strongest == 2:
         run.stopping = WATCH
-    return bool(said)
+    return bool(strongest)
 
 
 def same_on_all(folder: Path) -> Path:

@@ -37,10 +37,10 @@ def check_differentiable(spec: Any, others: Sequence[str]) -> None:
         if isinstance(wrapped := term.options.get("reward"), (str, list, dict)):
             check_differentiable(wrapped, others)
         known = ":" not in term.name
-        said = getattr(reward_factory(term.name), "differentiable", None) if known else None
+        differentiable = getattr(reward_factory(term.name), "differentiable", None) if known else None
         if not known:
-            said = make_reward({"name": term.name, **term.options}).differentiable
-        if said is False and term.weight:
+            differentiable = make_reward({"name": term.name, **term.options}).differentiable
+        if differentiable is False and term.weight:
             declare = "" if known else "; if its scores have a gradient, set NAME.differentiable = True on it"
             raise ValueError(_refusal(term.name, others) + declare)
 
@@ -112,16 +112,16 @@ class GradedReward:
             ValueError: the result has no grad_fn where the images require grad.
             RewardError: the reward failed; names it.
         """
-        asked = images
+        shifted = images
         if self.radius:
             with torch.enable_grad():
                 leaf = images.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(self._scores(self.reward, leaf, prompts, context).sum(), leaf)
-            asked = worst_case(images, gradient, self.radius)
-        versions = [asked]
+            shifted = worst_case(images, gradient, self.radius)
+        versions = [shifted]
         if self.copies:
             own = [[derived_seed(seed, 17, c) for seed in seeds] for c in range(self.copies)]
-            versions = [augment(asked, s, self.crop, self.noise, self.flip) for s in own]
+            versions = [augment(shifted, s, self.crop, self.noise, self.flip) for s in own]
         if self.mix == "normalised":
             return self._normalised(images, versions, prompts, context)
         rewards = torch.stack([self._relative(v, prompts, context, excess, swap) for v in versions]).mean(0)

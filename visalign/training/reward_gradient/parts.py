@@ -203,9 +203,9 @@ class UpdateLog:
         """One picture of each sample; those without a finite reward are left out of the watch."""
         rewards = torch.full((len(batch.ids),), math.nan) if rewards is None else rewards.detach().float().cpu()
         rewards = torch.where(rewards.isfinite(), rewards, math.nan)
-        kept = (~rewards.isnan()).nonzero().flatten().tolist()
-        if images is not None and kept:
-            self.images.append((images.detach()[kept], [batch.prompts[n] for n in kept]))
+        scored = (~rewards.isnan()).nonzero().flatten().tolist()
+        if images is not None and scored:
+            self.images.append((images.detach()[scored], [batch.prompts[n] for n in scored]))
         self.rewards.append(rewards)
         self.ids.append(batch.ids)
 

@@ -57,8 +57,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints under a folder, by step."""
-    found = [p for p in folder.glob("step-*") if _NAME.search(p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(_NAME.search(p.name)[1]))  # type: ignore[index]
+    paths = [p for p in folder.glob("step-*") if _NAME.search(p.name) and (p / "state.json").is_file()]
+    return sorted(paths, key=lambda p: int(_NAME.search(p.name)[1]))  # type: ignore[index]
 
 
 def prune(folder: Path, keep: int, always: set[int], newest: int | None = None) -> None:
@@ -67,11 +67,11 @@ def prune(folder: Path, keep: int, always: set[int], newest: int | None = None) 
     Args:
         newest: the step just saved. Checkpoints beyond it are of a branch given up by resuming from before, and go.
     """
-    found = {int(_NAME.search(p.name)[1]): p for p in checkpoints(folder)}  # type: ignore[index]
-    beyond = [step for step in found if newest is not None and step > newest]
-    kept = [step for step in found if step not in beyond][-keep:]
-    for step, path in found.items():
-        if step in beyond or step not in kept and step not in always:
+    steps = {int(_NAME.search(p.name)[1]): p for p in checkpoints(folder)}  # type: ignore[index]
+    beyond = [step for step in steps if newest is not None and step > newest]
+    newest_steps = [step for step in steps if step not in beyond][-keep:]
+    for step, path in steps.items():
+        if step in beyond or step not in newest_steps and step not in always:
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -86,8 +86,8 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "state.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
-        if found := checkpoints(folder):
-            return found[-1]
+        if paths := checkpoints(folder):
+            return paths[-1]
     raise ValueError(
         f"resume: got {str(path)!r}, which holds no checkpoint, expected a run folder or a step-N folder (a run that "
         "ended before its first checkpoint starts anew without --resume)"

@@ -138,9 +138,9 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = {line["step"]: line for line in reversed(read_metrics(path)) if done and line["step"] <= done}
+        latest = {line["step"]: line for line in reversed(read_metrics(path)) if done and line["step"] <= done}
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in reversed(kept.values())))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in reversed(latest.values())))
         os.replace(partial, path)
 
 

@@ -36,8 +36,8 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
     """report.html in one file: pictures and curves are inside it."""
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     rows = "".join(f"<tr><td>{_text(k)}<td>{_text(_short(v))}" for k, v in summary.items())
-    found = [f"step {line['step']}: {said}" for line in metrics for said in line.get("findings", [])]
-    findings = "".join(f"<li>{_text(line)}" for line in found) or "<li>none"
+    lines = [f"step {line['step']}: {text}" for line in metrics for text in line.get("findings", [])]
+    findings = "".join(f"<li>{_text(line)}" for line in lines) or "<li>none"
     samples = "".join(
         f"<figure><figcaption>{title}</figcaption><img alt='{title}' "
         f"src='{_embed(folder / 'samples' / name)}'></figure>"
@@ -63,15 +63,15 @@ figcaption {{ font-weight: 600 }} pre {{ background: #f5f5f5; padding: 1em; over
 
 
 def _curves(metrics: list[dict[str, Any]]) -> str:
-    shown = {t: names for t, names in CURVES.items() if any(n in line for line in metrics for n in names)}
-    if not shown:
+    curves = {t: names for t, names in CURVES.items() if any(n in line for line in metrics for n in names)}
+    if not curves:
         return ""
     figure, axes = plt.subplots(
-        -(-len(shown) // 3), min(3, len(shown)), figsize=(11, 3 * -(-len(shown) // 3)), squeeze=False
+        -(-len(curves) // 3), min(3, len(curves)), figsize=(11, 3 * -(-len(curves) // 3)), squeeze=False
     )
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(curves) :]:
         axis.axis("off")
-    for axis, (title, names) in zip(axes.flat, shown.items()):
+    for axis, (title, names) in zip(axes.flat, curves.items()):
         for name in names:
             points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
             if points:

@@ -84,23 +84,23 @@ class Finding:
 
 def check(step: int, name: str, series: Mapping[str, Series], options: MonitorOptions) -> list[Finding]:
     """All findings that the newest value of the series `name` gives rise to."""
-    found: list[Finding | None] = []
+    findings: list[Finding | None] = []
     own = series[name]
     if name.startswith(PICTURE):
-        found.append(_drift(step, name, own, options))
+        findings.append(_drift(step, name, own, options))
     elif name in DIVERSITY:
-        found.append(_collapse(step, name, own, options.diversity_limit, "alarm", options))
+        findings.append(_collapse(step, name, own, options.diversity_limit, "alarm", options))
     elif name == "reward_spread":
-        found.append(_collapse(step, name, own, options.reward_spread_limit, "warning", options))
+        findings.append(_collapse(step, name, own, options.reward_spread_limit, "warning", options))
     elif name == "zero_variance":
-        found.append(_zero_variance(step, own, options))
+        findings.append(_zero_variance(step, own, options))
     elif name == "kl":
-        found.append(_kl(step, own, options))
+        findings.append(_kl(step, own, options))
     elif name.startswith(WATCHED):
-        found.append(_divergence(step, name, own, series["reward"], options))
+        findings.append(_divergence(step, name, own, series["reward"], options))
         if name.removeprefix(WATCHED) in options.gold:
-            found.append(_gap(step, name, own, series["reward"], options))
-    return [f for f in found if f is not None]
+            findings.append(_gap(step, name, own, series["reward"], options))
+    return [f for f in findings if f is not None]
 
 
 def check_heldout(
@@ -120,7 +120,7 @@ def check_heldout(
     reward = gains.pop("reward", None)
     if reward is None or _mean(reward) < options.heldout_limit or _z(reward) < sure:
         return []
-    risen, found = _mean(reward), []
+    risen, findings = _mean(reward), []
     for name, gain in sorted(gains.items()):
         change = _mean(gain)
         what = f"on held-out prompts the reward gained {risen:.2f} spreads and {name} {change:+.2f}"
@@ -131,8 +131,8 @@ def check_heldout(
             limit, behind = -options.fall_limit, gain
             finding, words = f"heldout_fall_{name}", f"limit {limit}"
         if change < limit and _z(behind) < -sure:
-            found.append(Finding(finding, step, "alarm", f"{what} ({words})", change, limit))
-    return found
+            findings.append(Finding(finding, step, "alarm", f"{what} ({words})", change, limit))
+    return findings
 
 
 def _gain(before: Tensor, now: Tensor) -> Tensor | None:

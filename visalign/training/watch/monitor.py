@@ -65,8 +65,8 @@ class Monitor:
         if len(images) > len(group_ids):
             raise ValueError(f"images: got {len(images)}, expected at most {len(group_ids)}, as group_ids")
         images = images[:, images.shape[1] // 2] if images.dim() == 5 else images
-        kept = first_groups(group_ids[: len(images)], self.options.pictures)
-        images, ids = images[kept.to(images.device)], group_ids[: len(images)][kept]
+        chosen = first_groups(group_ids[: len(images)], self.options.pictures)
+        images, ids = images[chosen.to(images.device)], group_ids[: len(images)][chosen]
         numbers = picture_numbers(images, self.options.grid_periods) | diversity_numbers(self.encode(images), ids)
         groups = group_statistics(rewards, group_ids)
         numbers |= {"reward": _number(rewards), "reward_spread": _number(groups.stds)}
@@ -90,13 +90,13 @@ class Monitor:
 
     def _new(self, findings: Iterable[Finding]) -> list[Finding]:
         """Those not told yet, or long ago; they are told now."""
-        found = []
+        findings = []
         for finding in findings:
             last = self.raised.get(finding.name)
             if last is None or finding.step - last >= self.options.repeat_after:
                 self.raised[finding.name] = finding.step
-                found.append(finding)
-        return found
+                findings.append(finding)
+        return findings
 
     def action(self, findings: Sequence[Finding]) -> Action:
         """What the options say to do about these: nothing without any, warn of warnings, else as `options.action`."""
@@ -153,13 +153,13 @@ def diversity_numbers(features: Tensor, group_ids: Tensor) -> dict[str, Number]:
 
 def first_groups(group_ids: Tensor, most: int) -> Tensor:
     """Which samples (N,), bool, belong to the first groups that together have at most `most`; at least one group."""
-    kept = torch.zeros(len(group_ids), dtype=torch.bool)
+    chosen = torch.zeros(len(group_ids), dtype=torch.bool)
     for group in dict.fromkeys(group_ids.tolist()):
-        mine = (group_ids == group).cpu()
-        if kept.any() and int(kept.sum() + mine.sum()) > most:
+        members = (group_ids == group).cpu()
+        if chosen.any() and int(chosen.sum() + members.sum()) > most:
             break
-        kept |= mine
-    return kept
+        chosen |= members
+    return chosen
 
 
 def _number(values: Tensor) -> Number:

@@ -38,12 +38,12 @@ def watch(
         return {}
     with run.stage("watch"):
         images = torch.cat([images for images, _ in batches])
-        prompts = [prompt for _, told in batches for prompt in told]
+        prompts = [prompt for _, texts in batches for prompt in texts]
         rows = first_groups(group_ids[: len(images)], monitor.options.pictures).nonzero().flatten().tolist()
         judges = {name: judge for name, judge in state.judges.items() if name != "reward"}
         watched = {name: judge(images[rows], [prompts[r] for r in rows]) for name, judge in judges.items()}
-        found = monitor.update(step, images, group_ids, rewards, watched, kl)
-    return {f"monitor_{name}": value for name, value in monitor.latest.items()} | _tell(run, monitor, found)
+        findings = monitor.update(step, images, group_ids, rewards, watched, kl)
+    return {f"monitor_{name}": value for name, value in monitor.latest.items()} | _tell(run, monitor, findings)
 
 
 def watch_evaluation(
@@ -52,17 +52,17 @@ def watch_evaluation(
     """Show the monitor an evaluation under way, beside the one before; as `watch`, adding to what is logged."""
     if state.monitor is None or not run.main or state.before is None:
         return
-    told = _tell(run, state.monitor, state.monitor.compare(step, state.before.scores, evaluation.scores))
-    logged |= {name: [*logged.get(name, ()), *words] for name, words in told.items()}
+    texts = _tell(run, state.monitor, state.monitor.compare(step, state.before.scores, evaluation.scores))
+    logged |= {name: [*logged.get(name, ()), *words] for name, words in texts.items()}
 
 
-def _tell(run: Run, monitor: Monitor, found: list[Finding]) -> dict[str, list[str]]:
+def _tell(run: Run, monitor: Monitor, findings: list[Finding]) -> dict[str, list[str]]:
     """Say and log findings, and ask the run to stop where the options want it."""
-    for finding in found:
+    for finding in findings:
         run.say(f"step {finding.step}: {finding}")
-    if monitor.action(found) in ("stop", "rollback"):
+    if monitor.action(findings) in ("stop", "rollback"):
         run.stopping = run.stopping or WATCH
-    return {"findings": [str(finding) for finding in found]} if found else {}
+    return {"findings": [str(finding) for finding in findings]} if findings else {}
 
 
 def roll_back(run: Run, state: setup.TrainState) -> None:
