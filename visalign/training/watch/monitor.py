@@ -90,13 +90,13 @@ class Monitor:
 
     def _new(self, findings: Iterable[Finding]) -> list[Finding]:
         """Those not told yet, or long ago; they are told now."""
-        findings = []
+        fresh = []
         for finding in findings:
             last = self.raised.get(finding.name)
             if last is None or finding.step - last >= self.options.repeat_after:
                 self.raised[finding.name] = finding.step
-                findings.append(finding)
-        return findings
+                fresh.append(finding)
+        return fresh
 
     def action(self, findings: Sequence[Finding]) -> Action:
         """What the options say to do about these: nothing without any, warn of warnings, else as `options.action`."""
