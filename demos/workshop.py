@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.commands.generate import sample
+from visalign.commands.drawing import sample
 from visalign.images import pil_to_images
+from visalign.names import unknown_name
 from visalign.pipeline.calls import call_parameters
 from visalign.pipeline.generator import Generator
 from visalign.pipeline.variants import Variants
@@ -107,8 +108,8 @@ class Workshop:
         Raises:
             ValueError: an unknown search, a budget out of range, or what the search itself refuses.
         """
-        if method not in METHODS:
-            raise ValueError(f"search: got {method!r}, expected one of {list(METHODS)}")
+        if method not in METHODS:  # a visitor's own would be code
+            raise unknown_name("search", method, METHODS)
         if not 1 <= budget <= MOST_BUDGET:
             raise ValueError(f"budget: got {budget}, expected 1 to {MOST_BUDGET}")
         chain = prepare(generator, prompt, self.reward(reward), method, budget=budget, seed=seed)

@@ -1,19 +1,14 @@
 """Rewards by name: from what a config or a command line says to a reward, checked before anything heavy is loaded."""
 
-import ast
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from visalign.locations import check_location, load_location
 from visalign.names import unknown_name
 
 from .base import Reward, as_reward, reward_factory, reward_names
@@ -151,7 +146,7 @@ def _checked_weight(weight: Any) -> float:
 
 
 def _check_term(term: Term) -> None:
-    location, colon, attribute = term.name.rpartition(":")
+    location, colon, _ = term.name.rpartition(":")
     if not colon:
         if term.name.endswith(".py") or "/" in term.name:
             raise ValueError(f"spec: got {term.name!r}, expected 'path/to/file.py:attribute'")
@@ -165,47 +160,7 @@ def _check_term(term: Term) -> None:
         return
     if location in reward_names():
         raise ValueError(f"spec: got {term.name!r}, expected '{location}:WEIGHT' with a number")
-    names = (
-        _names_in_file(Path(location), term.name) if location.endswith(".py") else _names_in_module(location, term.name)
-    )
-    if names is not None and attribute not in names:
-        raise unknown_name(f"attribute of {location!r}", attribute, (n for n in names if not n.startswith("_")))
-
-
-def _names_in_file(path: Path, spec: str) -> set[str] | None:
-    """Names that a Python file defines at its top level, read without running it; None where that cannot be told."""
-    if not path.expanduser().is_file():
-        raise ValueError(f"spec: got {spec!r}, but there is no file {str(path)!r} (looked from {Path.cwd()})")
-    try:
-        tree = ast.parse(path.expanduser().read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"spec: got {spec!r}, but {str(path)!r} is not valid Python: {error}") from error
-    names: set[str] = set()
-    todo: list[ast.AST] = list(tree.body)
-    while todo:
-        node = todo.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
-        else:
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                names.add(node.id)
-            todo.extend(ast.iter_child_nodes(node))
-    return None if names & {"*", "__getattr__"} else names
-
-
-def _names_in_module(module: str, spec: str) -> set[str] | None:
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
-        raise ValueError(
-            f"spec: got {spec!r}, but there is no module {module!r} to import; put its folder on PYTHONPATH, "
-            "or name the file: 'path/to/file.py:attribute'"
-        )
-    return _names_in_file(Path(found.origin), spec) if found.origin and found.origin.endswith(".py") else None
+    check_location("spec", term.name)
 
 
 def _check_options(term: Term, factory: Callable) -> None:
@@ -222,13 +177,9 @@ def _check_options(term: Term, factory: Callable) -> None:
 
 
 def _make_term(term: Term) -> Reward:
-    location, colon, attribute = term.name.rpartition(":")
-    if not colon:
+    if ":" not in term.name:
         return as_reward(reward_factory(term.name)(**term.options), term.label)
-    try:
-        found = getattr(import_location(location), attribute)
-    except Exception as error:
-        raise ValueError(f"spec: could not import {term.name!r}: {type(error).__name__}: {error}") from error
+    found = load_location("spec", term.name)
     if not callable(found):
         raise ValueError(f"spec: got {term.name!r}, which is a {type(found).__name__}, expected a function or a class")
     if not isinstance(found, type) and next(iter(inspect.signature(found).parameters), None) == "images":
@@ -246,26 +197,3 @@ def _make_term(term: Term) -> Reward:
         )
     _check_options(term, found)
     return as_reward(found(**term.options), term.label)
-
-
-def import_location(location: str) -> ModuleType:
-    """The module, or the file "path/to/file.py", that stands before the colon of a spec."""
-    return _import_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import a file once per process, under a name of its own, without touching sys.path."""
-    path = path.expanduser().resolve()
-    name = f"visalign_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None  # a path ending in .py always has a loader
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    try:
-        found.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

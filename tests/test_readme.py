@@ -102,7 +102,7 @@ def test_commands_of_the_guides_to_methods_resolve_to_a_configuration(guide, tmp
     for line in found:
         _, _, script, *options = shlex.split(line)
         trainer = Path(script).stem
-        assert trainer == guide.stem and trainer in cli.TRAINERS
+        assert trainer == guide.stem and trainer in TRAINERS
         if "--resume" not in options:
             parse_config(
                 importlib.import_module(f"visalign.trainers.{trainer}").Config, options, prog="x", description=""
@@ -119,6 +119,12 @@ def test_commands_and_code_of_the_search_page_run(tmp_path, monkeypatch, capsys)
     assert {"0000-best.png", "search.json", "search.png", "0000-tree.png"} <= found
     [code] = blocks("docs/search.md", "python")
     exec(compile(code.replace("budget=500", "budget=20"), "docs/search.md", "exec"), {})
+
+
+def test_the_readme_names_every_trainer_and_the_guides_are_of_trainers():
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}.py`" in readme for name in TRAINERS)
+    assert {guide.stem for guide in GUIDES} <= set(TRAINERS)
 
 
 def test_the_search_page_names_every_search():

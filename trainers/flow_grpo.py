@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from visalign.advantages.group import clip_advantages, group_advantages
+from visalign.advantages.own import check_advantages, own_advantages
 from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import (
     CLIPPED_STATS,
@@ -35,7 +36,7 @@ from visalign.training.loop.batches import Batch, GatheredScores, cut
 from visalign.training.loop.learning import Updates, add_gradients
 from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
-from visalign.transitions import make_transition
+from visalign.transitions import check_transition, make_transition
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config(options.CommonConfig):
 
     # Sampling
     num_steps: int = 10  # denoising steps of a training image
-    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    sampler: str = "flow_sde"  # flow_sde, dance_sde, cps, or a transition of your own: file.py:Class, called with eta
     eta: float = 0.7  # noise strength: 0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps
     window: Literal["all", "early", "random", "mix_random", "progressive", "decay", "exp_decay"] = "early"
     window_size: int | None = None  # stochastic steps; None: 2 for early; all takes none, the others need it
@@ -58,7 +59,8 @@ class Config(options.CommonConfig):
     group_size: int = 8  # images a prompt
     same_latents: bool = False  # one initial noise for a whole group
     # Objective
-    advantage_std: Literal["group", "global"] = "global"
+    advantages: str = "group"  # or your own function of (rewards, group_ids): file.py:function
+    advantage_std: Literal["group", "global"] | None = None  # None: global; of the advantages by group
     max_advantage: float = 5.0
     clip_range: float = 1e-4  # on the ratio of mean-reduced likelihoods
     ratio: Literal["plain", "unscaled", "guard"] = "plain"  # unscaled: without 1/(2 std^2), as CPS's code
@@ -71,6 +73,8 @@ class Config(options.CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_transition("sampler", self.sampler, ("flow_sde", "dance_sde", "cps"))
+        check_advantages(self.advantages, self.advantage_std)
         if self.group_size < 2:
             raise ValueError(f"group_size: got {self.group_size}, expected >= 2 (one image has no baseline)")
         if not self.eta > 0:
@@ -147,6 +151,8 @@ class FlowGRPO(Trainer):
         self.window = cfg.make_window()
         self.stds = [self.transition.std(self.schedule, i) for i in range(cfg.num_steps)]
         self.step_weights = step_weights(cfg.step_weight, self.stds, self.schedule.levels)
+        if cfg.advantages != "group" and self.scorer.output_kind == "advantages":
+            raise ValueError(f"advantages: got {cfg.advantages!r} with {cfg.reward!r}, which gives advantages itself")
         if self.scorer.is_setwise and loop.accelerator.num_processes > 1:
             raise ValueError(
                 f"reward: got {cfg.reward!r}, which scores all samples as one set, on "
@@ -187,11 +193,14 @@ class FlowGRPO(Trainer):
 
     def advantages(self, scores: GatheredScores) -> Tensor:
         """Of all samples of the iteration, (M,), from the scores of all processes; 0 where scoring failed."""
-        if self.scorer.output_kind == "scores":
-            advantages = group_advantages(scores.total, scores.group_ids, std=self.cfg.advantage_std)
-        else:
+        cfg = self.cfg
+        if self.scorer.output_kind == "advantages":
             advantages = self.scorer.combine(scores.shaped, scores.group_ids)
-        return clip_advantages(advantages.float(), self.cfg.max_advantage) * scores.valid
+        elif cfg.advantages == "group":
+            advantages = group_advantages(scores.total, scores.group_ids, std=cfg.advantage_std or "global")
+        else:
+            advantages = own_advantages(cfg.advantages, scores.total, scores.group_ids)
+        return clip_advantages(advantages.float(), cfg.max_advantage) * scores.valid
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:
         """The recorded steps that get a gradient in this iteration."""

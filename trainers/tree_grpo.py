@@ -49,7 +49,7 @@ from visalign.training.loop.batches import GatheredScores
 from visalign.training.loop.learning import Updates, add_gradients, add_sums
 from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop
-from visalign.transitions import make_transition
+from visalign.transitions import check_transition, make_transition
 
 Method = Literal["branch_grpo", "tree_grpo", "tempflow", "tp_grpo", "b2_diffurl"]
 
@@ -73,7 +73,7 @@ class Config(options.CommonConfig):
     # Sampling
     method: Method = "branch_grpo"
     num_steps: int = 10  # denoising steps of a training image
-    sampler: Literal["flow_sde", "dance_sde", "cps", "ddim"] = "flow_sde"  # ddim for diffusion models
+    sampler: str = "flow_sde"  # flow_sde, dance_sde, cps, ddim (diffusion), or your own: file.py:Class, called with eta
     eta: float = 0.7  # noise strength: 0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps, 1 for ddim
     prompts_per_step: int = 16  # prompts an iteration
     # Of some methods only; None: the method's own default, see METHODS
@@ -102,6 +102,7 @@ class Config(options.CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_transition("sampler", self.sampler, ("flow_sde", "dance_sde", "cps", "ddim"))
         own = METHODS[self.method]
         for name in dict.fromkeys(name for options_ in METHODS.values() for name in options_):
             if getattr(self, name) is not None and name not in own:
@@ -146,7 +147,7 @@ class Config(options.CommonConfig):
 
     def check_kind(self, kind: str | None) -> None:
         """Refuse a model of another kind than the sampler's; None: not known yet."""
-        wanted = "diffusion" if self.sampler == "ddim" else "flow"
+        wanted = kind if ":" in self.sampler else "diffusion" if self.sampler == "ddim" else "flow"
         if kind not in (None, wanted):
             raise ValueError(f"sampler: got {self.sampler!r} on a {kind} model, expected a {wanted} model")
 

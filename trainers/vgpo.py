@@ -33,7 +33,7 @@ from visalign.training.loop.batches import Batch, GatheredScores, cut
 from visalign.training.loop.learning import Updates, add_gradients
 from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
-from visalign.transitions import make_transition
+from visalign.transitions import check_transition, make_transition
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Config(options.CommonConfig):
 
     # Sampling
     num_steps: int = 10  # denoising steps of a training image, all stochastic; each is decoded and scored
-    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    sampler: str = "flow_sde"  # flow_sde, dance_sde, cps, or a transition of your own: file.py:Class, called with eta
     eta: float = 0.7  # noise strength: 0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps
     timestep_fraction: float = 0.99  # share of the steps trained, the first ones
     prompts_per_step: int = 8  # groups an iteration
@@ -64,6 +64,7 @@ class Config(options.CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_transition("sampler", self.sampler, ("flow_sde", "dance_sde", "cps"))
         if self.group_size < 2:
             raise ValueError(f"group_size: got {self.group_size}, expected >= 2 (one image has no baseline)")
         for name in ("eta", "clip_range", "max_advantage", "inner_epochs", "prompts_per_step", "num_steps"):

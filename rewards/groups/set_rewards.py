@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images
+from visalign.locations import load_callable
 from visalign.rewards.base import Context, RewardError, RewardOutput, register_reward
 from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_options
 
@@ -33,8 +34,6 @@ class _SetReward:
         if encoder is None:
             self._embed: Callable[[Tensor], Tensor] = ClipEncoder(**clip).embed_images
         else:
-            from visalign.rewards.plugins import load_callable
-
             self._embed = load_callable("encoder", encoder)
 
     def _shares(self, images: Tensor, group_ids: Tensor | None, score: Callable[[Tensor], Tensor]) -> RewardOutput:

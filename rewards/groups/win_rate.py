@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import check_images, check_videos, is_video
+from visalign.locations import load_location
 from visalign.names import unknown_name
 from visalign.rewards.base import (
     Context,
@@ -21,7 +22,7 @@ from visalign.rewards.base import (
     check_prompts,
     register_reward,
 )
-from visalign.rewards.spec import import_location, make_reward, parse_spec
+from visalign.rewards.spec import make_reward, parse_spec
 
 from .pairwise import (
     PairJudge,
@@ -79,9 +80,8 @@ class ScoreJudge:
 def _imported(judge: str | Mapping[str, Any]) -> Any:
     """What a spec names: of a file or module the attribute itself (an instance, if it is a class), else the reward."""
     terms = parse_spec(judge)
-    location, colon, attribute = terms[0].name.rpartition(":")
-    if len(terms) == 1 and colon:
-        found = getattr(import_location(location), attribute)
+    if len(terms) == 1 and ":" in terms[0].name:
+        found = load_location("judge", terms[0].name)
         found = found(**terms[0].options) if isinstance(found, type) else found
         if hasattr(found, "compare") or next(iter(inspect.signature(found).parameters), None) == "first":
             return found

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_images
+from visalign.locations import load_callable
 from visalign.names import unknown_name
 from visalign.rewards.base import Context, RewardError, register_reward
 
@@ -142,8 +143,6 @@ class ControlnetCycle:
         self.condition, self.target, self.needs = condition, target, (target,)
         self._extract: Callable[[Tensor], Tensor] = edge_magnitude
         if extractor is not None:
-            from visalign.rewards.plugins import load_callable
-
             self._extract = load_callable("extractor", extractor)
         elif model is not None:
             self._extract = (load_upernet if condition == "segmentation" else load_dpt)(model, device, download)

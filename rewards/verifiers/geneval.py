@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_images
+from visalign.locations import load_callable
 from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.embedding.encoder import MAX_ASPECT, ClipEncoder, check_clip_options, preprocess
-from visalign.rewards.plugins import load_callable
 
 from .detector import Detection, TransformersDetector
 from .geneval_rules import COLOURS, Verdict, check_metadata, judge_objects, keep_objects

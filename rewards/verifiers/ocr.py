@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from visalign.images import check_images, images_to_pil
+from visalign.locations import load_callable
 from visalign.names import unknown_name
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
-from visalign.rewards.plugins import load_callable
 
 Engine = Callable[[Image.Image], str | Sequence[str]]  # an RGB picture to its text, or its lines in reading order
 QUOTED = re.compile('["\u201c\u201d\u201e]([^"\u201c\u201d\u201e]*)["\u201c\u201d]')  # straight, English, low

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visalign.images import check_videos
+from visalign.locations import load_callable
 from visalign.rewards.base import Context, RewardOutput, register_reward
 from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_options
 
@@ -131,8 +132,6 @@ class VideoConsistency(_VideoReward):
 
             self._embed = DinoEncoder(dino, device, dtype, download).embed_images
         elif encoder is not None:
-            from visalign.rewards.plugins import load_callable
-
             self._embed = load_callable("encoder", encoder)
         else:
             self._embed = ClipEncoder(**clip).embed_images
@@ -186,8 +185,6 @@ class MotionSmoothness(_VideoReward):
     def __init__(self, interpolator: str | Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         self._interpolate: Callable[[Tensor, Tensor], Tensor] = halfway
         if interpolator is not None:
-            from visalign.rewards.plugins import load_callable
-
             self._interpolate = load_callable("interpolator", interpolator)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor | RewardOutput:

@@ -121,7 +121,7 @@ def test_the_first_pair_is_there_soon_and_both_sides_score_as_the_library_does(v
     page.fill("#compare-prompt textarea", "a green star")
     press(page, "compare")
     assert done(page, "compare") == "Done."
-    from visalign.commands.generate import sample
+    from visalign.commands.drawing import sample
     from visalign.pipeline.generator import Generator
     from visalign.rewards import make_reward, score
     from visalign.search import run

@@ -55,7 +55,7 @@ WRONG = [
     (["--contestant", "a=shapes-flow,lora="], "lora: got '', expected a value"),
     (["--contestant", "a=shapes-flow,transition=odd"], "transition: got 'odd'"),
     (["--contestant", "a=shapes-flow,budget=50"], "budget: got 50 without search=METHOD"),
-    (["--contestant", "a=shapes-flow,search=dts_star,budget=50"], "did you mean 'dts-star'?"),
+    (["--contestant", "a=shapes-flow,search=dts_sta,budget=50"], "did you mean 'dts-star'?"),
     (["--contestant", "a=shapes-flow,search=dts"], "budget: got none with a search"),
     (["--contestant", "a=shapes-flow,search=dts,budget=9"], "budget: got 9 denoiser calls, expected >= 10"),
     (["--contestant", "a=shapes-flow,search=dts,budget=50,tlit=2"], "did you mean 'tilt'?"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from visalign.commands.generate import sample
+from visalign.commands.drawing import sample
 from visalign.pipeline.generator import Generator
 from visalign.pipeline.variants import Variants
 from visalign.worlds import resolve_model

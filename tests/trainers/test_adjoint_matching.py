@@ -7,10 +7,9 @@ import pytest
 import torch
 from trainer_checks import refused
 
-from visalign.commands.cli import TRAINERS
 from visalign.data.prompts import iteration_groups
 from visalign.objectives.adjoint import adjoint_matching_loss, lean_adjoints, matched_steps, smoothed_gradient
-from visalign.trainers import adjoint_matching
+from visalign.trainers import TRAINERS, adjoint_matching
 from visalign.trainers.adjoint_matching import AdjointMatching, Config
 from visalign.training.before.preflight import make_plan
 from visalign.training.loop.batches import cut

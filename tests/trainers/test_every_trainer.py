@@ -16,7 +16,7 @@ from trainer_checks import (
     stop_in_step,
 )
 
-from visalign.trainers import adjoint_matching, ddpo, flow_grpo, reward_backprop, tree_grpo, vgpo
+from visalign.trainers import TRAINERS, adjoint_matching, ddpo, flow_grpo, reward_backprop, tree_grpo, vgpo
 from visalign.training.loop import setup
 from visalign.training.run.checkpoint import load_checkpoint
 from visalign.training.run.folder import read_metrics
@@ -97,6 +97,11 @@ def given(world_files, tmp_path_factory):
 def run(given, name, folder, **changes):
     module = CASES[name].module
     return module.main(module.Config(**{**given[name], **changes, "run_dir": str(folder)}))
+
+
+def test_every_trainer_of_the_table_is_tried_here():
+    assert {case.module.__name__.rpartition(".")[2] for case in CASES.values()} == set(TRAINERS)
+    assert all(case.trainer.name == case.module.__name__.rpartition(".")[2] for case in CASES.values())
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------

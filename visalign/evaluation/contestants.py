@@ -11,7 +11,7 @@ from typing import Any
 from visalign.names import unknown_name
 from visalign.pipeline.calls import folder_defaults
 from visalign.rewards import parse_spec
-from visalign.search import METHODS
+from visalign.search import METHODS, find_method
 from visalign.training.policy import check_lora_fits
 from visalign.transitions import make_transition
 from visalign.worlds import resolve_model
@@ -131,16 +131,15 @@ def _check_settings(contestant: Contestant, told: dict[str, Any]) -> None:
         for name in contestant.options:
             raise unknown_name("name", name, TYPES)
         return
-    if contestant.search not in METHODS:
-        raise unknown_name("search", contestant.search, METHODS)
+    method = find_method(contestant.search)
     if contestant.budget is None:
         raise ValueError("budget: got none with a search, expected denoiser calls a picture, e.g. budget=100")
     if "folder" in contestant.options:
         raise ValueError("folder: got one, expected none: one folder cannot hold the searches of all prompts")
     for name in contestant.options:
-        if name not in METHODS[contestant.search].options:
-            raise unknown_name("name", name, [*TYPES, *METHODS[contestant.search].options])
-    METHODS[contestant.search].check(contestant.search, contestant.options)
+        if name not in method.options:
+            raise unknown_name("name", name, [*TYPES, *method.options])
+    method.check(contestant.search, contestant.options)
 
 
 def check_contestant(contestant: Contestant) -> None:
@@ -160,7 +159,7 @@ def check_contestant(contestant: Contestant) -> None:
             return
         assert contestant.reward is not None and contestant.budget is not None
         parse_spec(contestant.reward)
-        method = METHODS[contestant.search]
+        method = find_method(contestant.search)
         if method.noisy and contestant.transition == "ode":
             raise ValueError(f"transition: got 'ode', expected one that draws noise, which {contestant.search!r} needs")
         steps = contestant.steps or defaults.get("num_steps", 10)

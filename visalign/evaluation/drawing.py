@@ -21,7 +21,7 @@ from visalign.pipeline.generator import Generator
 from visalign.rewards import RewardError
 from visalign.sampling.rollout import rollout
 from visalign.sampling.seeds import derived_seed, text_key
-from visalign.search import METHODS, Role, events_of, prepare
+from visalign.search import Role, events_of, find_method, prepare
 from visalign.transitions import Schedule, Transition, make_transition, ode_of, sampler_of
 from visalign.worlds import resolve_model
 
@@ -199,7 +199,7 @@ def check_searched(contestant: Contestant, judge: Judge) -> None:
         ValueError: names the contestant.
     """
     reward = judge.for_search
-    if METHODS[str(contestant.search)].gradient and not reward.differentiable:
+    if find_method(str(contestant.search)).gradient and not reward.differentiable:
         raise ValueError(
             f"contestant {contestant.label!r}: reward: got {reward.name!r}, which has no gradient, expected a "
             f"differentiable one, which {contestant.search!r} needs"

@@ -1,11 +1,13 @@
 """A step of a sampler as a distribution: (schedule, step, latents, prediction) -> Gaussian over the next latents."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from visalign.names import build
+from visalign.locations import check_location, load_location
+from visalign.names import build, unknown_name
 from visalign.transitions.consistency import consistency_std, consistency_step
 from visalign.transitions.diffusion import ddim, ddim_std
 from visalign.transitions.flow import (
@@ -28,6 +30,8 @@ from visalign.transitions.memoryless import MemorylessFlow
 from visalign.transitions.schedule import Schedule
 
 __all__ = [
+    "TRANSITIONS",
+    "check_transition",
     "CPS",
     "DDIM",
     "Consistency",
@@ -244,20 +248,44 @@ class Consistency:
         )
 
 
-_TRANSITIONS: dict[str, type] = {
+TRANSITIONS: dict[str, type] = {
     maker.name: maker for maker in (FlowODE, FlowSDE, DanceSDE, CPS, FlowDDIM, MemorylessFlow, DDIM, Consistency)
 }
 
 
 def make_transition(name: str, **options: Any) -> Transition:
-    """Make a transition by name: flow_ode, flow_sde, dance_sde, cps, flow_ddim, memoryless_flow, ddim, consistency.
+    """Make a transition by its name in TRANSITIONS, or a user's class (or function) by where it is.
 
-    Options are its fields (eta, where it has one).
+    Options are its fields (eta, where it has one). "module:attribute" and "path/to/file.py:attribute" are called with
+    the options, and give a Transition.
 
     Raises:
-        ValueError: an unknown name or option; the error names the nearest valid one.
+        ValueError: an unknown name, location or option; the error names the nearest valid one.
     """
-    return build(name, _TRANSITIONS, "transition", **options)
+    if ":" not in name:
+        return build(name, TRANSITIONS, "transition", **options)
+    check_location("transition", name)
+    maker = load_location("transition", name)
+    try:
+        transition = maker(**options)
+    except TypeError as error:
+        raise ValueError(f"transition: could not call {name!r} with {sorted(options)}: {error}") from error
+    missing = [part for part in ("stochastic", "std", "__call__") if not hasattr(transition, part)]
+    if missing:
+        raise ValueError(f"transition: got {name!r}, which lacks {missing[0]!r}, expected a Transition")
+    return transition
+
+
+def check_transition(argument: str, name: str, names: Collection[str]) -> None:
+    """Refuse a transition that is neither one of these nor a location; a user's file is not run.
+
+    Raises:
+        ValueError: names the nearest.
+    """
+    if ":" in name:
+        check_location(argument, name)
+    elif name not in names:
+        raise unknown_name(argument, name, [*names, "module:attribute", "file.py:attribute"])
 
 
 def ode_of(schedule: Schedule) -> Transition:

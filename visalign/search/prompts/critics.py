@@ -4,7 +4,6 @@ A critic is any callable (images, prompts, attempt) -> critiques, see `Critic`; 
 """
 
 import copy
-import importlib
 import inspect
 import math
 import re
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from visalign.locations import load_location
 from visalign.names import unknown_name
 from visalign.rewards.base import Context
 from visalign.rewards.vlm.chat import Chat
@@ -227,8 +227,7 @@ def make_critic(critic: str | Critic, **options: Any) -> Critic:
         return critic
     if critic not in CRITICS and ":" not in critic:
         raise unknown_name("critic", critic, CRITICS)
-    module, _, attribute = CRITICS.get(critic, critic).partition(":")
-    factory = getattr(importlib.import_module(module), attribute)
+    factory = load_location("critic", CRITICS.get(critic, critic))
     names = inspect.signature(factory).parameters
     for option in options:
         if critic in CRITICS and option not in names:

@@ -6,7 +6,6 @@ at times (text layout, interactions), so `choose_words` compares both wordings o
 A rewriter is any function of a prompt that returns a prompt; every search takes one by `reword` or `choose_words`.
 """
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visalign.locations import load_location
 from visalign.rewards.vlm.chat import Chat, Message
 from visalign.rewards.vlm.judging import check_count, check_temperature, load_template, open_chat
 from visalign.search.chain import Chain
@@ -114,12 +114,11 @@ def make_rewriter(rewrite: str | Rewrite | None, **options: Any) -> Rewrite:
     """
     if rewrite is None:
         raise ValueError("rewrite: got None, expected a function of a prompt, 'module:attribute', or a model's name")
-    named = isinstance(rewrite, str) and re.fullmatch(r"[\w.]+:\w+", rewrite)
+    named = isinstance(rewrite, str) and re.fullmatch(r"(.+\.py|[\w.]+):\w+", rewrite)
     if (named or not isinstance(rewrite, str)) and options:
         raise ValueError(f"rewrite_options: got {sorted(options)}, expected none for a function")
     if named and isinstance(rewrite, str):
-        module, _, attribute = rewrite.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return load_location("rewrite", rewrite)
     if isinstance(rewrite, str):
         return Rewriter(rewrite, **options)
     if not callable(rewrite):

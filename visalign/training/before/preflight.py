@@ -10,12 +10,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from visalign.advantages.own import load_advantages
 from visalign.data.prompt_context import PromptContext
 from visalign.data.prompts import overlap, read_prompts, share_of
 from visalign.rewards import parse_spec
+from visalign.trainers import trainer_for
 from visalign.training.policy import check_lora_fits
 from visalign.training.run import checkpoint as ckpt
 from visalign.training.run.folder import check_writable
+from visalign.transitions import make_transition
 from visalign.worlds import resolve_model
 from visalign.worlds.shapes import world_prompts
 from visalign.worlds.shapes.captions import parse
@@ -60,6 +63,7 @@ def make_plan(
     if kinds is not None:
         check_kind(cfg.model, kind_of_folder(model), kinds)
     parse_spec(cfg.reward)
+    load_own(cfg)
     resume = None if cfg.resume is None else ckpt.find_checkpoint(Path(cfg.resume))
     folder = Path(
         cfg.run_dir or (resume.parent.parent if resume else f"runs/{trainer}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -81,6 +85,19 @@ def make_plan(
             raise ValueError(f"reward: {cfg.reward!r} has changed since the run that is resumed ({resume})")
     check_writable(folder, resume is not None)
     return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest, reward_digest, context)
+
+
+def load_own(cfg: CommonConfig) -> None:
+    """Import a user's own transition and advantages now, so that what is wrong with them is known before a model loads.
+
+    Raises:
+        ValueError: they cannot be imported, or are not what they should be.
+    """
+    sampler, eta = getattr(cfg, "sampler", ""), getattr(cfg, "eta", None)
+    if ":" in sampler:
+        make_transition(sampler, **({} if eta is None else {"eta": eta}))
+    if ":" in getattr(cfg, "advantages", ""):
+        load_advantages(cfg.advantages)  # type: ignore[attr-defined]
 
 
 def _digest(content: bytes) -> str:
@@ -131,15 +148,12 @@ def judge_specs(cfg: CommonConfig, prompts: list[str]) -> dict[str, str]:
     return {"gold_strict": "gold"}
 
 
-TRAINERS = {"flow": "flow_grpo", "diffusion": "ddpo", "consistency": "ddpo"}  # policy gradients, by kind of model
-
-
 def check_kind(model: str, kind: str | None, expected: Collection[str]) -> None:
     """Refuse a model of another kind than the trainer's, naming the trainer that takes it; None: not known yet."""
     if kind is not None and kind not in expected:
         raise ValueError(
             f"model: got {model!r}, a {kind} model, expected a {' or '.join(expected)} model; "
-            f"the trainer for it is {TRAINERS[kind]}"
+            f"the trainer for it is {trainer_for(kind)}"
         )
 
 

@@ -72,6 +72,19 @@ class Trainer(ABC):
         return None
 
 
+def check_trainer(where: str, trainer: Any) -> None:
+    """Refuse what `train` cannot run.
+
+    Raises:
+        ValueError: no Trainer, or one that lacks something; names it.
+    """
+    if not isinstance(trainer, type) or not issubclass(trainer, Trainer):
+        raise ValueError(f"trainer: got {where!r}, which is no subclass of visalign.training.loop.trainer.Trainer")
+    missing = [name for name in ("name", "config") if not hasattr(trainer, name)] + sorted(trainer.__abstractmethods__)
+    if missing:
+        raise ValueError(f"trainer: got {where!r} without {missing[0]!r}, expected name, config and iteration")
+
+
 def train(trainer_class: type[Trainer], cfg: Any) -> Path:
     """Train; returns the run folder."""
     plan = trainer_class.plan(cfg)

@@ -18,8 +18,9 @@ from visalign.objectives.reward_gradient import (
 from visalign.rewards import CombinedReward, Reward, RewardError, make_reward, parse_spec
 from visalign.rewards.base import as_output, reward_factory
 from visalign.sampling.seeds import derived_seed
+from visalign.trainers import TRAINERS
 
-OTHERS = ("ddpo", "flow_grpo", "tree_grpo", "vgpo")  # trainers for rewards without gradient
+OTHERS = tuple(sorted(name for name, entry in TRAINERS.items() if not entry.gradient))
 
 
 def check_differentiable(spec: Any, others: Sequence[str]) -> None:

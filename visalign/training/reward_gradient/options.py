@@ -9,8 +9,10 @@ import torch
 from visalign.objectives import reward_gradient as objectives
 from visalign.objectives import single_step
 from visalign.training.before.options import CommonConfig
+from visalign.transitions import check_transition
 
 Method = Literal["draft", "draft_lv", "alignprop", "refl", "srpo", "instructvideo", "controlnet", "ctrl_u", "rg_lcm"]
+SAMPLERS = ("flow_sde", "dance_sde", "cps", "ddim", "consistency")
 CHAINED = ("draft", "alignprop", "instructvideo")  # gradients through steps of the sampler
 CYCLE = ("controlnet", "ctrl_u")
 ON_DATA = ("instructvideo", *CYCLE, "rg_lcm")
@@ -39,7 +41,7 @@ class Config(CommonConfig):
     method: Method = "draft"
     # Sampling
     num_steps: int = 10  # denoising steps of a training image
-    sampler: Literal["auto", "ode", "flow_sde", "dance_sde", "cps", "ddim", "consistency"] = "auto"
+    sampler: str = "auto"  # auto, ode, one of SAMPLERS, or a transition of your own: file.py:Class
     eta: float | None = None  # noise strength of the sampler; None: its own default (auto is without noise)
     train_guidance: float | None = None  # guidance_scale in training; None: as in sampling
     prompts_per_step: int = 16
@@ -90,6 +92,7 @@ class Config(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_transition("sampler", self.sampler, ("auto", "ode", *SAMPLERS))
         for name, methods in OWN.items():
             if getattr(self, name) is not None and self.method not in methods:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} with method {self.method!r}, expected None")

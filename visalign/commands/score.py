@@ -1,0 +1,33 @@
+"""`visalign score`: picture files under a reward."""
+
+import argparse
+from pathlib import Path
+
+
+def add_options(score: argparse.ArgumentParser) -> None:
+    score.add_argument("images", nargs="+", type=Path)
+    score.add_argument("--prompt", required=True)
+    score.add_argument("--reward", default="clip", help="name, file.py:function, or a sum such as clip:0.7+gold:0.3")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print each picture's score, and those of the reward's members."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    from visalign.images import pil_to_images
+    from visalign.rewards import make_reward, parse_spec, score
+
+    parse_spec(arguments.reward)
+    images = []
+    for path in arguments.images:
+        try:
+            images.append(pil_to_images([Image.open(path)])[0])
+        except UnidentifiedImageError:
+            raise ValueError(f"images: got {str(path)!r}, which is no picture") from None
+    reward = make_reward(arguments.reward)
+    for path, image in zip(arguments.images, images):
+        with torch.no_grad():
+            result = score(reward, image[None], [arguments.prompt])
+        parts = "  ".join(f"{name} {float(values[0]):.4f}" for name, values in result.parts.items())
+        print(f"{path}  {float(result.total[0]):.4f}" + (f"  ({parts})" if len(result.parts) > 1 else ""))
