@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from visalign.commands import cli
+from visalign.trainers import TRAINERS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "1", "--prompts_per_step", "1", "--group_size", "2", "--num_steps", "4"]

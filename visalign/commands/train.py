@@ -10,11 +10,12 @@ def train(argv: list[str]) -> None:
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "flow_grpo"
     try:
         trainer = load_trainer(name)
+        from visalign.training.loop.trainer import check_trainer, launch
+
+        check_trainer(name, trainer)
     except ValueError as error:
         print(f"visalign train: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    from visalign.training.loop.trainer import launch
-
     launch(trainer, argv)
 
 
