@@ -42,6 +42,27 @@ def brightness(images, prompts):
 '''
 
 
+LONG = (  # files that take longest; begun first, so that no worker is left alone with one at the end
+    "test_demo_browser",
+    "test_every_trainer",
+    "test_search_methods",
+    "test_training_resume",
+    "test_readme",
+    "test_reward_backprop",
+    "test_flow_grpo",
+    "test_search_tree_search",
+    "test_eval_runs",
+    "test_world_models",
+    "test_watching",
+    "test_serving",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; `--dist loadfile` hands files out in this order."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def world_files(tmp_path_factory) -> Path:
     """A folder with train.txt, test.txt and reward.py."""

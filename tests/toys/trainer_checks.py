@@ -1,17 +1,14 @@
-"""What the tests of trainers ask of a whole run: resumed equals unbroken, two processes do as one, mistakes are told.
-
-As a script it runs trainers one after the other, as one process of several.
-"""
+"""What the tests of trainers ask of a whole run: resumed equals unbroken, two processes do as one, mistakes told."""
 
 import importlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,44 +76,62 @@ def refused(module: ModuleType, argv: list[str], monkeypatch, capsys) -> str:
     return error
 
 
+def in_child(function: Callable[[], Any], errors: Path, **environment: str) -> int:
+    """Fork this process, which has all libraries loaded already, and call the function there; the child's pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        with open(errors, "w") as file:
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            os.environ |= environment
+            AcceleratorState._reset_state(reset_partial_state=True)  # the child joins its processes anew
+            try:
+                function()
+                status = 0
+            except BaseException:
+                traceback.print_exc(file=file)
+    finally:
+        os._exit(status)
+
+
+def exit_codes(pids: Sequence[int], seconds: float = 300) -> list[int]:
+    """Of children, negative where a signal ended one; those that wait for one that failed are killed."""
+    codes: dict[int, int] = {}
+    ends = time.monotonic() + seconds
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(done[1])
+        if any(codes.values()) or time.monotonic() > ends:
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+                    codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        time.sleep(0.05)
+    return [codes[pid] for pid in pids]
+
+
 def run_on_two_processes(runs: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> Path:
     """Run trainers, by name (module, options), by two processes: folder / name, and the scores in name.scores."""
     free = [socket.create_server(("127.0.0.1", 0)) for _ in runs]  # one each: they are not given back at once
     ports = [server.getsockname()[1] for server in free]
     for server in free:
         server.close()
-    (folder / "runs.json").write_text(
-        json.dumps([(name, *run, port) for (name, run), port in zip(runs.items(), ports)])
-    )
+
+    def run_all() -> None:
+        for (name, (module, options)), port in zip(runs.items(), ports):
+            os.environ |= {"TEST_SCORES": str(folder / f"{name}.scores"), "MASTER_PORT": str(port)}
+            trainer = importlib.import_module(module)
+            trainer.main(trainer.Config(**options, run_dir=str(folder / name)))
+            AcceleratorState._reset_state(reset_partial_state=True)  # the next run joins its processes anew
+
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    started = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}
-        with open(folder / f"errors-{rank}", "w") as errors:
-            started.append(subprocess.Popen([sys.executable, __file__, str(folder)], env=environment, stderr=errors))
-    try:
-        ends = time.monotonic() + 500
-        while any(process.poll() is None for process in started) and time.monotonic() < ends:
-            if any(process.poll() for process in started):  # the other would wait for it
-                break
-            time.sleep(0.2)
-        said = "\n".join((folder / f"errors-{rank}").read_text()[-3000:] for rank in (0, 1))
-        assert [process.poll() for process in started] == [0, 0], said
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    pids = [in_child(run_all, folder / f"errors-{r}", **world, RANK=r, LOCAL_RANK=r) for r in ("0", "1")]
+    assert exit_codes(pids, 500) == [0, 0], "\n".join((folder / f"errors-{r}").read_text()[-3000:] for r in (0, 1))
     return folder
-
-
-def run_all(folder: Path) -> None:
-    """One process's part in `run_on_two_processes`."""
-    for name, module, options, port in json.loads((folder / "runs.json").read_text()):
-        os.environ |= {"TEST_SCORES": str(folder / f"{name}.scores"), "MASTER_PORT": str(port)}
-        trainer = importlib.import_module(module)
-        told = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        trainer.main(trainer.Config(**told, run_dir=str(folder / name)))
-        AcceleratorState._reset_state(reset_partial_state=True)  # the next run joins its processes anew
 
 
 def assert_same_on_two_processes(one: Path, one_scores: Path, two: Path, two_scores: Path) -> None:
@@ -142,7 +157,3 @@ def flat(value: Any) -> list:
     if isinstance(value, list):
         return [x for entry in value for x in flat(entry)]
     return [] if isinstance(value, str) else [value]
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))

@@ -1,16 +1,13 @@
 """A run stopped, killed or extended equals the unbroken one: weights, average, optimiser, metrics, bit by bit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from trainer_checks import assert_equal_runs, lines, stop_in_step
+from trainer_checks import assert_equal_runs, exit_codes, in_child, lines, stop_in_step
 
 from visalign.pipeline.generator import Generator
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
@@ -75,12 +72,9 @@ def test_resumed_from_an_earlier_checkpoint_the_later_branch_is_gone_and_the_end
 @pytest.mark.slow
 def test_killed_in_mid_step_and_resumed_equals_unbroken(options, unbroken, tmp_path):
     folder = tmp_path / "run"
-    argv = [f"--{k}={v}" for k, v in {**options, **EVERY, "run_dir": folder}.items()]
     # Scoring calls: 2 before (4 prompts in batches of 3), then 2 a step (two shares) and 1 in evaluations under way.
-    environment = {**os.environ, "TEST_KILL_AT": "9"}  # in the middle of the third step
-    command = [sys.executable, "-m", "visalign.trainers.flow_grpo", *argv]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    third = in_child(lambda: main(config(options, folder)), tmp_path / "errors", TEST_KILL_AT="9")  # in its middle
+    assert exit_codes([third]) == [-signal.SIGKILL], (tmp_path / "errors").read_text()
     assert max(line["step"] for line in lines(folder)) == 2
     # What else a kill can leave behind: a checkpoint and a line half written.
     (folder / "checkpoints" / ".partial-3-1").mkdir()

@@ -33,18 +33,18 @@ def test_no_shipped_file_holds_a_path_of_the_machine_that_made_it():
 
 
 def strict_gold(model: str) -> float:
-    """By the trainer's own evaluation: 200 captions, deterministic steps."""
+    """By the trainer's own evaluation: 100 captions, deterministic steps."""
     generator = Generator.from_pretrained(resolve_model(model), dtype=torch.float32)
     gold = make_reward("gold", strict=True)
     judges = {"gold": lambda images, texts: score(gold, images, texts).total}
     sampler = sampler_of(generator.schedule)
-    return evaluate(generator, sampler, world_prompts("test", 200), judges, seed=1234, batch_size=50).mean("gold")
+    return evaluate(generator, sampler, world_prompts("test", 100), judges, seed=1234, batch_size=50).mean("gold")
 
 
 def test_flow_model_draws_a_share_of_held_out_captions_right_and_leaves_room_to_learn():
-    """By the trainer's own evaluation, on its 200 captions, with its seed and another."""
+    """By the trainer's own evaluation, on the first 100 of its captions, with its seed and another."""
     generator = Generator.from_pretrained(resolve_model("shapes-flow"), dtype=torch.float32)
-    prompts, gold = world_prompts("test", 200), make_reward("gold", strict=True)
+    prompts, gold = world_prompts("test", 100), make_reward("gold", strict=True)
     judges = {"gold": lambda images, texts: score(gold, images, texts).total}
     shares = [evaluate(generator, FlowODE(), prompts, judges, seed=s, batch_size=50).mean("gold") for s in (1234, 99)]
     assert 0.35 <= sum(shares) / 2 <= 0.70
@@ -105,11 +105,11 @@ def test_clip_finds_the_caption_of_a_picture_among_100():
     rng = np.random.default_rng(11)
     specs = {s.key(): s for s in (sample_spec(rng, "test") for _ in range(400))}
     specs = list(specs.values())[:100]
-    images, captions = draw([place(s, rng) for s in specs]), [caption(s, rng) for s in specs]
+    images, captions = draw([place(s, rng) for s in specs[:40]]), [caption(s, rng) for s in specs]
     reward = make_reward("clip")
     with torch.no_grad():
         table = torch.stack([score(reward, images, [text] * len(images)).total for text in captions])  # (text, image)
-    assert float((table.argmax(0) == torch.arange(100)).float().mean()) >= 0.90
+    assert float((table.argmax(0) == torch.arange(40)).float().mean()) >= 0.90
 
 
 @pytest.mark.parametrize(("split", "share"), [("test", 0.9), ("compositional", 0.75)])
@@ -141,6 +141,6 @@ def test_vlm_answers_held_out_questions_and_loads_as_anyones_would():
     """Of held-out scenes; "same" and "better" compare two pictures."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(JUDGES["shapes-vlm"], dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(JUDGES["shapes-vlm"])
-    right = accuracy(model, processor, held_out_lesson(200), count=1000)
+    right = accuracy(model, processor, held_out_lesson(150), count=500)
     assert right["all"] >= 0.9
     assert min(right[kind] for kind in ("object", "count", "colour", "match")) >= 0.9

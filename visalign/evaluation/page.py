@@ -155,6 +155,7 @@ def _figure(record: dict[str, Any]) -> str:
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.grid(alpha=0.3)
+    figure.tight_layout()
     return figure_uri(figure)
 
 

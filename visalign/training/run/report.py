@@ -69,6 +69,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(
         -(-len(curves) // 3), min(3, len(curves)), figsize=(11, 3 * -(-len(curves) // 3)), squeeze=False
     )
+    figure.subplots_adjust(0.06, 0.18 / axes.shape[0], 0.98, 1 - 0.1 / axes.shape[0], 0.22, 0.4)
     for axis in axes.flat[len(curves) :]:
         axis.axis("off")
     for axis, (title, names) in zip(axes.flat, curves.items()):
@@ -78,6 +79,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
                 axis.plot(*zip(*points), label=name, marker="." if len(points) < 12 else None)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     return figure_uri(figure)
@@ -85,7 +87,6 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
 
 def figure_uri(figure: Any) -> str:
     """A finished figure as a data: address for a page; the figure is closed."""
-    figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
