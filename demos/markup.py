@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from visalign.worlds.shapes.scenes import SIZE, Placed
+from visalign.worlds import world
 
 from .asked import Reading
 
@@ -48,6 +48,8 @@ table.va .n { font-variant-numeric: tabular-nums; white-space: nowrap }
   .va-pair { gap: 8px } table.va { font-size: .88em } .gradio-container { padding: 8px !important } }
 """
 
+SIZE = world("shapes").SIZE
+
 
 def text(value: Any) -> str:
     """Any text, so that a browser shows it and never reads it as HTML."""
@@ -61,7 +63,7 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def figure(picture: Image.Image, alt: str, caption: str = "", boxes: Sequence[Placed] = (), wide: bool = False) -> str:
+def figure(picture: Image.Image, alt: str, caption: str = "", boxes: Sequence[Any] = (), wide: bool = False) -> str:
     """A picture with its alternative text, a caption, and boxes around what the shapes world's judge reads in it.
 
     Args:
@@ -74,7 +76,7 @@ def figure(picture: Image.Image, alt: str, caption: str = "", boxes: Sequence[Pl
     return f'<figure class="va">{image}<figcaption>{text(caption)}</figcaption></figure>'
 
 
-def _box(placed: Placed) -> str:
+def _box(placed: Any) -> str:
     side, x, y = 2 * placed.radius, placed.x - placed.radius, placed.y - placed.radius
     place = f'x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}"'
     above = y - 1 if y > 6 else min(y + side + 3.8, SIZE - 1)
@@ -84,7 +86,7 @@ def _box(placed: Placed) -> str:
     return f'<rect class="halo" {place}/><rect {place}/>{label}'
 
 
-def reading_of(objects: Sequence[Placed]) -> str:
+def reading_of(objects: Sequence[Any]) -> str:
     """The judge's reading in words."""
     names = [f"{o.colour} {o.shape}" if o.shape != "unknown" else "something unknown" for o in objects]
     return "The judge reads: " + (", ".join(names) if names else "nothing")

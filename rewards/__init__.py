@@ -1,20 +1,26 @@
-"""Reward models by name. Importing this loads none of them; each is imported when it is made."""
+"""Reward models by name. Importing this loads none of them; each is imported when it is made.
+
+Here: what a reward is (`base`), how one is named (`spec`), called safely (`scoring`), combined (`combine`, `shaping`,
+`aggregate`), the table of names (`registry`); the rewards themselves in rooms by what they look at. From outside: the
+names below, `vlm` for judges of one's own, `groups.pairwise`, `groups.sets`, `audit`.
+"""
 
 from .base import (
     FunctionReward,
     Reward,
     RewardError,
     RewardOutput,
-    announce_reward,
     as_reward,
     register_reward,
     reward_names,
 )
 from .failures import fill_invalid
+from .registry import REWARDS
 from .scoring import CombinedReward, Member, Scores, score
 from .spec import RewardSpec, Term, make_reward, parse_spec
 
 __all__ = [
+    "REWARDS",
     "CombinedReward",
     "FunctionReward",
     "Member",
@@ -32,56 +38,3 @@ __all__ = [
     "reward_names",
     "score",
 ]
-
-for _name, _module in {
-    "aesthetic": "embedding.aesthetic",
-    "auto_rubric": "written.auto_rubric",
-    "clip": "embedding.clip",
-    "clip_i": "embedding.similarity",
-    "clip_match": "embedding.clip",
-    "delta_rubric": "written.delta_rubric",
-    "descore": "head.descore",
-    "dino": "embedding.similarity",
-    "editreward": "head.editreward",
-    "editscore": "written.editscore",
-    "geneval": "verifiers.geneval",
-    "gold": "verifiers.gold",
-    "hpsv2": "embedding.hps",
-    "hpsv21": "embedding.hps",
-    "hpsv3": "head.hpsv3",
-    "hummingbird": "embedding.hummingbird",
-    "imagereward": "embedding.imagereward",
-    "jpeg_compressibility": "verifiers.jpeg",
-    "jpeg_incompressibility": "verifiers.jpeg",
-    "controlnet_cycle": "verifiers.cycle",
-    "dynamic_degree": "video.measures",
-    "motion_smoothness": "video.measures",
-    "neg_fd": "groups.set_rewards",
-    "over_frames": "video.frames",
-    "segmental": "video.frames",
-    "temporal_flicker": "video.measures",
-    "video_consistency": "video.measures",
-    "vendi": "groups.set_rewards",
-    "lambda_harmonic": "embedding.lambda_harmonic",
-    "ocr": "verifiers.ocr",
-    "ordinal": "probability.ordinal",
-    "paco_consistency": "probability.paco",
-    "paco_edit": "probability.paco",
-    "pickscore": "embedding.pickscore",
-    "prompt_echo": "probability.prompt_echo",
-    "rational_rewards": "written.rational_rewards",
-    "remote": "remote",
-    "rewarddance": "probability.rewarddance",
-    "rubric": "probability.rubric",
-    "set_consistency": "embedding.similarity",
-    "shapes_taste": "embedding.taste",
-    "unifiedreward": "written.unifiedreward",
-    "unifiedreward_flex": "written.unifiedreward_flex",
-    "unifiedreward_pair": "written.unifiedreward_pair",
-    "videoscore2": "written.videoscore2",
-    "vlm_rm": "embedding.vlm_rm",
-    "vlm_yes": "probability.vlm_yes",
-    "vqascore": "probability.vqascore",
-    "win_rate": "groups.win_rate",
-}.items():
-    announce_reward(_name, f"visalign.rewards.{_module}")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visalign.data.pictures import DrawnShapes, PictureFolder, open_pictures
+from visalign.data.pictures import open_pictures
 from visalign.data.prompts import Group
 from visalign.objectives import reward_gradient as objectives
 from visalign.objectives import single_step
@@ -88,14 +88,14 @@ class RewardBackprop(Trainer):
     def plan(cls, cfg: Config) -> preflight.Plan:
         check_differentiable(cfg.reward, OTHERS)
         pictures = open_pictures(cfg.data) if cfg.data else None
-        if isinstance(pictures, PictureFolder) and cfg.method in CYCLE and not pictures.conditioned:
+        if pictures and cfg.method in CYCLE and not pictures.conditioned:
             raise ValueError(f"data: got {cfg.data!r}, where pictures lack their condition, expected one for each")
         if cfg.own("teacher"):
             resolve_model(cfg.own("teacher"))
-        sets = pictures.captions() if isinstance(pictures, PictureFolder) else None
+        sets = pictures.captions() if pictures else None
         plan = preflight.make_plan(cfg, cls.name, sets)
         check_kind(cfg, preflight.kind_of_folder(plan.model))
-        if isinstance(pictures, DrawnShapes):
+        if pictures:
             pictures.check([*plan.prompts, *plan.eval_prompts])
         plan.pictures = pictures
         return plan

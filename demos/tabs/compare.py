@@ -15,8 +15,7 @@ from visalign.demos.markup import bars, details, figure, note, reading_of, statu
 from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
 from visalign.demos.settings import MAX_PROMPT
 from visalign.images import images_to_pil
-from visalign.worlds.shapes.judge import read
-from visalign.worlds.shapes.scenes import SIZE
+from visalign.worlds import world
 
 Readings = dict[str, list[Reading]]
 
@@ -175,14 +174,18 @@ def pictures_html(page: Page, made: Comparison, with_boxes: bool) -> str:
 
 
 def _cell(page: Page, made: Comparison, boxes: bool, picture: Image.Image, row: int, seed: int, who: str) -> str:
-    objects = read(made.images[0 if who.startswith("Left") else 1][row].numpy()) if _readable(page, picture) else None
+    objects = (
+        world("shapes").read(made.images[0 if who.startswith("Left") else 1][row].numpy())
+        if _readable(page, picture)
+        else None
+    )
     alt = f"{who}, seed {seed}, drawn for: {made.asked.prompt}"
     reading = "" if objects is None else f". {reading_of(objects)}"
     return figure(picture, alt + reading, f"{who}, seed {seed}{reading}", objects if boxes and objects else ())
 
 
 def _readable(page: Page, picture: Image.Image) -> bool:
-    return page.settings.shapes and picture.size == (SIZE, SIZE)
+    return page.settings.shapes and picture.size == (world("shapes").SIZE,) * 2
 
 
 def rewards_html(page: Page, made: Comparison) -> str:

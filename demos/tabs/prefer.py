@@ -18,6 +18,7 @@ from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
 from visalign.demos.settings import MAX_PROMPT
 from visalign.images import images_to_pil
 from visalign.statistics.bradley_terry import agreement, bradley_terry
+from visalign.worlds import world
 
 CHOICES = {  # button: what it says, its key, the label it stores
     "left": ("A: left is better", "a", "image_0"),
@@ -104,9 +105,7 @@ def prefer_tab(page: Page, opened: gr.Tab) -> None:
 def _prompts(page: Page) -> list[str]:
     if not page.settings.shapes:
         return ["a photo of a cat", "a red bicycle against a wall", "a bowl of fruit on a table"]
-    from visalign.worlds.shapes import world_prompts
-
-    return world_prompts("test", 40)
+    return world("shapes").world_prompts("test", 40)
 
 
 def _draw_pair(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from visalign.rewards.base import Context, as_output
+from visalign.worlds import world
 
 from .probes import make_probes
 
@@ -20,25 +21,8 @@ PLAIN = {"blank": "blank", "noise": "noise", "text": "prompt text"}  # ours: tha
 def plain_attacks(images: Tensor, prompts: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
     """A picture for each prompt by kind, like `images` (N, 3, H, W) in size: blank, noise, text (the prompt), crowd."""
     made = make_probes(images, prompts, words=(), seed=seed)
-    crowd = crowded(images.shape[2]).to(images).expand_as(images).clone()
+    crowd = world("shapes").crowded(images.shape[2]).to(images).expand_as(images).clone()
     return {name: made[kind] for name, kind in PLAIN.items()} | {"crowd": crowd}
-
-
-def crowded(size: int = 64) -> Tensor:
-    """Every object of the shapes world at once, in a grid of rows for shapes and columns for colours: (3, size, size).
-
-    Whatever a caption names is there; it is right for none.
-    """
-    from visalign.worlds.shapes.drawing import draw
-    from visalign.worlds.shapes.scenes import COLOURS, SHAPES, SIZE, Placed, Scene
-
-    across, down = SIZE / len(COLOURS), SIZE / len(SHAPES)
-    objects = tuple(
-        Placed(colour, shape, (column + 0.5) * across, (row + 0.5) * down, 0.45 * min(across, down))
-        for row, shape in enumerate(SHAPES)
-        for column, colour in enumerate(COLOURS)
-    )
-    return draw([Scene(objects)], size)[0]
 
 
 def adversarial_patches(

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from visalign.images import check_images
 from visalign.names import unknown_name
-from visalign.worlds import shapes
+from visalign.worlds import CLIP as SHIPPED
 
-SHIPPED = Path(shapes.__file__).parent / "weights" / "clip"  # the shapes world's own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_ASPECT = 200  # of what is cropped: beyond it gigabytes would be filled to look at half a per cent of a picture
 

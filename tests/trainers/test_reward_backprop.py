@@ -15,7 +15,7 @@ import trainer_checks
 from accelerate import Accelerator
 from PIL import Image
 
-from visalign.data.pictures import DrawnShapes, PictureFolder
+from visalign.data.pictures import PictureFolder
 from visalign.data.prompts import iteration_groups
 from visalign.pipeline.encoding import Encoder
 from visalign.pipeline.generator import Generator
@@ -37,6 +37,7 @@ from visalign.training.reward_gradient.parts import UpdateLog, batches
 from visalign.training.run import outcome
 from visalign.training.run.folder import Run, read_metrics
 from visalign.transitions import ode_of
+from visalign.worlds.shapes.pictures import DrawnPictures
 
 REWARDS = """
 def bright(images, prompts):
@@ -96,7 +97,7 @@ class Bench:
     def trainer(self, **changes) -> RewardBackprop:
         cfg = replace(self.cfg, **changes)
         scorer = Scorer(make_reward(cfg.reward), torch.device("cpu"))
-        pictures = DrawnShapes() if cfg.data else None
+        pictures = DrawnPictures() if cfg.data else None
         state, plan = replace(self.state, scorer=scorer), replace(self.plan, pictures=pictures)
         return RewardBackprop(TrainingLoop(cfg, plan, self.accelerator, state, self.run))
 
@@ -506,14 +507,14 @@ def test_a_folder_of_pictures(folder, tmp_path):
 
 
 def test_the_condition_of_drawn_shapes_is_read_back_from_them():
-    drawn = DrawnShapes().draw(["a red circle", "two blue stars"], [0, 1], (64, 64))
+    drawn = DrawnPictures().draw(["a red circle", "two blue stars"], [0, 1], (64, 64))
     assert make_reward("controlnet_cycle")(drawn.pictures, ["a", "b"], drawn.context).tolist() == [0, 0]
     with pytest.raises(ValueError, match="prompts: got 'a dog' with data 'shapes', which cannot draw it"):
-        DrawnShapes().check(["a red circle", "a dog"])
+        DrawnPictures().check(["a red circle", "a dog"])
 
 
 def test_encoding_is_undone_by_the_pipeline_or_refused(bench):
-    pictures = DrawnShapes().draw(["a red circle"], [0], (64, 64)).pictures
+    pictures = DrawnPictures().draw(["a red circle"], [0], (64, 64)).pictures
     latents = Encoder(bench.state.generator)(pictures, ["a red circle"])
     back = bench.state.generator.decode(latents, ["a red circle"])
     assert (back - pictures).abs().mean() < 0.05

@@ -56,7 +56,7 @@ def cli(options, tmp_path, monkeypatch, capsys):
         (dict(steps=0), "steps: got 0, expected > 0"),
         (dict(ema_decay=1.0), "ema_decay: got 1.0, expected within [0, 1)"),
         (dict(learning_rate="fast"), "learning_rate: got 'fast', expected float"),
-        (dict(sampler="flow_sdee"), "sampler: got 'flow_sdee', expected Literal"),
+        (dict(sampler="flow_sdee"), "sampler: got 'flow_sdee', expected one of"),
         (dict(sampler="cps", eta=2), "eta: got 2"),
         (dict(attention="fast"), "attention: got 'fast', expected one of"),
         (dict(group_sizes=4), "unknown option --group_sizes; did you mean 'group_size'?"),

@@ -1,10 +1,10 @@
-"""Pictures with captions to train on: a folder of them, or the shapes world's, drawn as they are asked for."""
+"""Pictures with captions to train on: a folder of them, or a world's, drawn as they are asked for."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from visalign.images import numpy_to_images
-from visalign.rewards.verifiers.cycle import edge_magnitude
-from visalign.worlds.shapes.captions import parse
-from visalign.worlds.shapes.drawing import draw
-from visalign.worlds.shapes.scenes import place
+from visalign.worlds import WORLDS, world
 
 KEYS = ("file_name", "text", "condition", "labels")
-Rows = Callable[[Sequence[str], Sequence[int], tuple[int, int]], "Drawn"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,27 @@ class Drawn:
     def to(self, device: torch.device) -> "Drawn":
         """On a device, but for the context: rewards look to that."""
         return replace(self, pictures=self.pictures.to(device), conditions=self.conditions.to(device))
+
+
+class Pictures(Protocol):
+    """Pictures by caption."""
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether every picture has its condition."""
+        ...
+
+    def captions(self) -> tuple[list[str], list[str]] | None:
+        """For training, and held out; None: any that `check` lets pass."""
+        ...
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Raise ValueError for a caption without a picture; names it."""
+        ...
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int]) -> Drawn:
+        """One picture of each caption, of `size` (height, width)."""
+        ...
 
 
 class PictureFolder:
@@ -79,6 +96,9 @@ class PictureFolder:
             raise ValueError(f"data: got one caption in {str(self.folder)!r}, expected more, some to be held out")
         return texts[:-cut], texts[-cut:]
 
+    def check(self, captions: Sequence[str]) -> None:
+        """The captions are its own."""
+
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int]) -> Drawn:
         """One picture of each caption, of `size` (height, width); `seeds` choose among several of one caption."""
         rows = [self.by_text[p][s % len(self.by_text[p])] for p, s in zip(prompts, seeds)]
@@ -109,34 +129,9 @@ class PictureFolder:
         return torch.from_numpy(np.asarray(resized).copy()).long()
 
 
-class DrawnShapes:
-    """The shapes world's captions, each drawn anew; the condition is the picture's edges."""
-
-    conditioned = True
-
-    def check(self, captions: Sequence[str]) -> None:
-        """Raise ValueError for a caption that cannot be drawn; names it."""
-        for caption in captions:
-            try:
-                parse(caption)
-            except ValueError as error:
-                raise ValueError(
-                    f"prompts: got {caption!r} with data 'shapes', which cannot draw it ({error})"
-                ) from None
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int]) -> Drawn:
-        scenes = [place(parse(p), np.random.default_rng(s)) for p, s in zip(prompts, seeds)]
-        if size[0] != size[1]:
-            raise ValueError(f"data: got a model of size {size} for 'shapes', expected a square one")
-        pictures = draw(scenes, size[0])
-        edges = edge_magnitude(pictures)
-        context = {"references": [[picture] for picture in pictures], "condition": edges}
-        return Drawn(pictures, edges[:, None].expand(-1, 3, -1, -1).clamp(0, 1), context)
-
-
-def open_pictures(data: str) -> PictureFolder | DrawnShapes:
-    """`shapes`, or a `PictureFolder`."""
-    return DrawnShapes() if data == "shapes" else PictureFolder(data)
+def open_pictures(data: str) -> Pictures:
+    """A `PictureFolder`, or what a world draws: "shapes"."""
+    return world(data).DrawnPictures() if data in WORLDS else PictureFolder(data)
 
 
 def _read_image(path: Path, size: tuple[int, int]) -> Tensor:

@@ -12,9 +12,7 @@ from visalign.data.prompts import read_prompts
 from visalign.rewards import parse_spec
 from visalign.sampling.seeds import derived_seed
 from visalign.training.run.folder import check_writable
-from visalign.worlds.shapes import world_prompts
-from visalign.worlds.shapes.captions import parse
-from visalign.worlds.shapes.scenes import SPLITS
+from visalign.worlds import all_captions, world
 
 from .contestants import Contestant, check_contestant, digest, parse_contestant, path_digest, picture_key, reward_key
 
@@ -111,7 +109,7 @@ def make_plan(
     if not contestants:
         raise ValueError("contestant: got none, expected at least one LABEL=MODEL")
     words, set_key = read_set(prompts)
-    of_world = gold and _all_captions(words)
+    of_world = gold and all_captions("shapes", words)
     if not rewards and not of_world:
         raise ValueError("reward: got none, expected at least one, e.g. --reward clip")
     columns = [_column(text, set_key) for text in rewards]
@@ -135,14 +133,15 @@ def make_plan(
 def read_set(text: str) -> tuple[list[str], str]:
     """The prompts that an option names, and a name for what is known of them beside the words ("" for nothing)."""
     split, _, number = text.rpartition(":")
-    if number.isdecimal() and (split or "test") in SPLITS and not Path(text).exists():
+    if number.isdecimal() and (split or "test") in world("shapes").SPLITS and not Path(text).exists():
         if int(number) < 1:
             raise ValueError(f"prompts: got {text!r}, expected at least one")
-        return world_prompts(split or "test", int(number)), ""
+        return world("shapes").world_prompts(split or "test", int(number)), ""
     try:
         return read_prompts(text), path_digest(Path(text)) if text.endswith(".jsonl") else ""
     except ValueError as error:
-        hint = f", or a number of the shapes world's captions, or one of {', '.join(SPLITS)} with it, as in test:50"
+        splits = ", ".join(world("shapes").SPLITS)
+        hint = f", or a number of the shapes world's captions, or one of {splits} with it, as in test:50"
         raise ValueError(f"{error}{hint if 'does not exist' in str(error) else ''}") from None
 
 
@@ -153,12 +152,3 @@ def _column(text: str, context: str) -> Column:
     if label is None:
         label = terms[0].label if len(terms) == 1 and not spec.endswith((".yaml", ".yml")) else Path(spec).name
     return Column(label, spec, reward_key(spec, context))
-
-
-def _all_captions(prompts: Sequence[str]) -> bool:
-    try:
-        for prompt in prompts:
-            parse(prompt)
-    except ValueError:
-        return False
-    return True

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from visalign.rewards import make_reward, score
-from visalign.rewards.audit.attacks import adversarial_patches, crowded, fooled_share, plain_attacks
+from visalign.rewards.audit.attacks import adversarial_patches, fooled_share, plain_attacks
 from visalign.worlds.shapes import world_prompts
 from visalign.worlds.shapes.judge import read
+from visalign.worlds.shapes.pictures import crowded
 from visalign.worlds.shapes.scenes import COLOURS, SHAPES
 
 

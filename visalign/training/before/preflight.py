@@ -19,9 +19,7 @@ from visalign.training.policy import check_lora_fits
 from visalign.training.run import checkpoint as ckpt
 from visalign.training.run.folder import check_writable
 from visalign.transitions import make_transition
-from visalign.worlds import resolve_model
-from visalign.worlds.shapes import world_prompts
-from visalign.worlds.shapes.captions import parse
+from visalign.worlds import WORLDS, all_captions, resolve_model, world
 
 from .options import FREE_ON_RESUME, CommonConfig, alpha_of
 
@@ -118,8 +116,8 @@ def check_same_run(cfg: CommonConfig, digest: str, path: Path, state: dict[str, 
 
 def read_sets(cfg: CommonConfig) -> tuple[list[str], list[str]]:
     """Training and held-out prompts."""
-    if cfg.prompts == "shapes":
-        prompts, held_out = world_prompts("train", 2000), world_prompts("test", cfg.eval_count)
+    if cfg.prompts in WORLDS:
+        prompts, held_out = (world(cfg.prompts).world_prompts(*s) for s in (("train", 2000), ("test", cfg.eval_count)))
     else:
         prompts = read_prompts(cfg.prompts)
         cut = max(1, len(prompts) // 10)
@@ -127,9 +125,8 @@ def read_sets(cfg: CommonConfig) -> tuple[list[str], list[str]]:
             raise ValueError(f"prompts: got 1 prompt in {cfg.prompts!r}, expected more, or eval_prompts beside it")
         prompts, held_out = (prompts, []) if cfg.eval_prompts else (prompts[:-cut], prompts[-cut:])
     if cfg.eval_prompts is not None:
-        held_out = (
-            world_prompts("test", cfg.eval_count) if cfg.eval_prompts == "shapes" else read_prompts(cfg.eval_prompts)
-        )
+        name = cfg.eval_prompts
+        held_out = world(name).world_prompts("test", cfg.eval_count) if name in WORLDS else read_prompts(name)
     return prompts, held_out[: cfg.eval_count]
 
 
@@ -140,12 +137,7 @@ def judge_specs(cfg: CommonConfig, prompts: list[str]) -> dict[str, str]:
         for name in names:
             parse_spec(name)
         return {name.replace(":", "_"): name for name in names}
-    try:
-        for prompt in prompts:
-            parse(prompt)
-    except ValueError:
-        return {}
-    return {"gold_strict": "gold"}
+    return {"gold_strict": "gold"} if all_captions("shapes", prompts) else {}
 
 
 def check_kind(model: str, kind: str | None, expected: Collection[str]) -> None:

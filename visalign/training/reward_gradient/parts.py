@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visalign.data.pictures import Drawn, DrawnShapes, PictureFolder
+from visalign.data.pictures import Drawn, Pictures
 from visalign.data.prompts import Group
 from visalign.pipeline.calls import call_parameters
 from visalign.pipeline.encoding import Encoder, picture_size
@@ -25,8 +25,6 @@ from visalign.worlds import resolve_model
 
 from .gradients import GradedReward, check_built
 from .options import CYCLE, Config
-
-Pictures = PictureFolder | DrawnShapes
 
 
 class Batch(NamedTuple):

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .captions import caption
-from .scenes import SPLITS, sample_spec
+from visalign.lazy import lazily
+
+from .captions import caption, parse
+from .scenes import SIZE, SPLITS, place, sample_spec
+
+__all__ = ["SIZE", "SPLITS", "WEIGHTS", "parse", "place", "world_prompts"]
+__getattr__ = lazily(
+    __name__, drawing=("draw",), judge=("read",), critic=("ShapesCritic",), pictures=("DrawnPictures", "crowded")
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
 

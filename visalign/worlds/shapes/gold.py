@@ -29,8 +29,8 @@ class GoldReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
         """images: (N, 3, 64, 64) in [0, 1]; prompts: N captions. Returns (N,), float32 on the CPU."""
-        from visalign.worlds.shapes.judge import judge
-        from visalign.worlds.shapes.scenes import SIZE
+        from .judge import judge
+        from .scenes import SIZE
 
         check_images(images)
         check_prompts(images, prompts)

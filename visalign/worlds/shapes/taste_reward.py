@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from visalign.rewards.base import Context, register_reward
-from visalign.worlds.shapes import WEIGHTS
+from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_options
 
-from .encoder import SHIPPED, ClipEncoder, check_clip_options
+from . import WEIGHTS
 
 SHIPPED_HEAD = WEIGHTS / "taste" / "taste.safetensors"
 
@@ -44,7 +44,7 @@ class ShapesTasteReward:
         device: str | None = None,
         dtype: str = "float32",
     ) -> None:
-        from visalign.worlds.shapes.taste import load_head
+        from .taste import load_head
 
         check_clip_options(model, None, dtype)
         self._head = load_head(_file(weights))
