@@ -210,7 +210,8 @@ def last_of(curve: np.ndarray) -> int:
 
 def table(found: dict[str, np.ndarray], costs: dict[str, float], budgets: list[int], count: int) -> str:
     """In Markdown. The gate sets gold at the entry's largest budget against one plain sample's."""
-    from visalign.search.comparison import hacking_gate, paired_interval, relative_area, speedup
+    from visalign.search.comparison import hacking_gate, relative_area, speedup
+    from visalign.statistics.bootstrap import paired_interval
 
     control = np.nanmean(found["best-of-n"], (1, 2))
     columns = range(1, len(budgets), 3)

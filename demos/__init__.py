@@ -1,0 +1,4 @@
+"""The workbench: one page in a browser to compare, search, score, collect preferences and look into runs.
+
+`app.demo` serves it, `workshop` holds the model, `jobs` the long work, `tabs` a file a tab. Outside: `app`, `settings`.
+"""

@@ -124,40 +124,6 @@ def win_rates(pairs: Sequence[tuple[int, int]], outcomes: Tensor, size: int) -> 
     return torch.where(counts > 0, points / counts.clamp(min=1), 0.5).float()
 
 
-def bradley_terry(
-    pairs: Sequence[tuple[int, int]],
-    outcomes: Tensor,
-    size: int,
-    prior: float = 0.5,
-    tolerance: float = 1e-9,
-    max_iterations: int = 10_000,
-) -> Tensor:
-    """Strengths s (size,) of P(i beats j) = sigmoid(s_i - s_j), fitted by MM (Hunter 2004); a tie is half a win each.
-
-    Each member also has `prior` wins and as many defeats against an opponent of strength 0: without these nobody who
-    won or lost everything has a finite strength. With prior 0 the strengths are centred.
-
-    Raises:
-        ValueError: prior 0 and no finite solution found.
-    """
-    first, second = pair_ends(pairs)
-    wins, games = torch.full((size,), prior, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
-    wins.index_add_(0, first, outcomes.double()).index_add_(0, second, 1 - outcomes.double())
-    games.index_put_((first, second), torch.ones(len(pairs), dtype=torch.float64), accumulate=True)
-    games = games + games.T
-    worth = torch.ones(size, dtype=torch.float64)
-    for _ in range(max_iterations):
-        rate = (games / (worth[:, None] + worth[None, :])).sum(1) + 2 * prior / (worth + 1)
-        updated = wins / rate
-        if prior == 0:
-            updated = updated / updated.log().mean().exp()
-        change = (updated.log() - worth.log()).abs().max()
-        worth = updated
-        if change < tolerance:
-            return worth.log().float()
-    raise ValueError(f"prior: got {prior}, expected > 0 where somebody won or lost all comparisons")
-
-
 def pair_ends(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     first, second = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
     return first, second

@@ -23,13 +23,13 @@ from visalign.rewards.base import (
     register_reward,
 )
 from visalign.rewards.spec import make_reward, parse_spec
+from visalign.statistics.bradley_terry import bradley_terry
 
 from .pairwise import (
     PairJudge,
     Verdicts,
     all_pairs,
     ask_both,
-    bradley_terry,
     drawn_pairs,
     pair_ends,
     take_context,
@@ -167,7 +167,9 @@ class WinRate:
         if self.strength == "win_rate":
             scores = win_rates(pairs, outcomes, len(pool))
         else:
-            scores = bradley_terry(pairs, outcomes, len(pool))
+            first, second = (end.tolist() for end in pair_ends(pairs))
+            strengths = bradley_terry(first, second, outcomes.tolist(), len(pool), prior=math.inf, virtual_games=0.5)
+            scores = torch.from_numpy(strengths.values).float()
         n = len(images)
         criteria = {"consistency": _means(pairs, consistent, len(pool))[:n], "bias": _means(pairs, bias, len(pool))[:n]}
         valid = _means(pairs, known, len(pool))[:n] != 0  # NaN, where there was nothing to compare with, is no failure

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from visalign.evaluation.results import by_prompt, compare, estimate, extremes, pairs
-from visalign.search.comparison import paired_interval
+from visalign.statistics.bootstrap import paired_interval
 
 NAN = np.nan
 

@@ -11,12 +11,12 @@ from visalign.search.comparison import (
     at_budgets,
     hacking_gate,
     nfe_to_match,
-    paired_interval,
     relative_area,
     speedup,
     step_agreement,
     trace_of,
 )
+from visalign.statistics.bootstrap import paired_interval
 
 
 def test_a_trace_is_read_at_or_before_each_budget():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from visalign.statistics.bootstrap import paired_interval
 from visalign.training.loop import evaluate as module
-from visalign.training.loop.evaluate import evaluate, mean_interval, paired_interval
+from visalign.training.loop.evaluate import evaluate, mean_interval
 from visalign.transitions import FlowODE
 
 
@@ -98,10 +99,10 @@ def test_the_t_interval_covers_the_mean_95_times_in_100():
 
 def test_the_paired_interval_is_narrow_where_pairs_move_together():
     rng = np.random.default_rng(0)
-    before = torch.tensor(rng.normal(0, 10, size=200))
-    low, high = paired_interval(before, before + 1 + 0.1 * torch.tensor(rng.normal(size=200)))
-    assert 0.95 < low < 1 < high < 1.05
-    with pytest.raises(ValueError, match="as before"):
+    before = rng.normal(0, 10, size=200)
+    gain = paired_interval(before + 1 + 0.1 * rng.normal(size=200), before)
+    assert 0.95 < gain.low < 1 < gain.high < 1.05 and gain.low < gain.mean < gain.high
+    with pytest.raises(ValueError, match="as the base"):
         paired_interval(before, before[:5])
     with pytest.raises(ValueError, match="got none"):
         mean_interval(np.array([]))

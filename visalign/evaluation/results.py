@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from visalign.rewards import parse_spec
-from visalign.search.comparison import Interval, paired_interval
+from visalign.statistics.bootstrap import Interval, paired_interval
 
 from .plan import Plan
 from .store import Drawn, Score, Store

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .comparison import paired_interval
+from visalign.statistics.bootstrap import paired_interval
+
 from .ledger import Ledger
 from .records import Event
 

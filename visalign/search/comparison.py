@@ -9,22 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
+from visalign.statistics.bootstrap import RESAMPLES, Interval
+
 from .records import Event
 
 Trace = list[tuple[int, float]]
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def trace_of(events: Iterable[Event]) -> Trace:
@@ -37,19 +26,6 @@ def at_budgets(trace: Trace, budgets: Sequence[int]) -> np.ndarray:
     spent, best = np.array([n for n, _ in trace]), np.array([r for _, r in trace])
     place = np.searchsorted(spent, budgets, side="right")
     return np.array([best[k - 1] if k else np.nan for k in place])
-
-
-def paired_interval(values: np.ndarray, base: np.ndarray | float = 0.0, seed: int = 0) -> Interval:
-    """Mean of values - base with a bootstrap over prompts, whose seeds stay together.
-
-    Args:
-        values, base: (prompts, seeds), the same prompts and seeds in both; or (prompts,).
-    """
-    gains = np.asarray(values, float) - base
-    gains = gains.reshape(len(gains), -1).mean(1)
-    drawn = np.random.default_rng(seed).integers(0, len(gains), (RESAMPLES, len(gains)))
-    low, high = np.percentile(gains[drawn].mean(1), (2.5, 97.5))
-    return Interval(float(gains.mean()), float(low), float(high))
 
 
 def area(budgets: Sequence[int], curve: Sequence[float]) -> float:

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from visalign.rewards import RewardError, make_reward, parse_spec, score
-from visalign.rewards.groups.pairwise import Verdicts, all_pairs, ask_both, bradley_terry, drawn_pairs, win_rates
+from visalign.rewards.groups.pairwise import Verdicts, all_pairs, ask_both, drawn_pairs, win_rates
 from visalign.rewards.groups.win_rate import WinRate, make_judge
+from visalign.statistics.bradley_terry import bradley_terry
 
 BIAS = 0.7  # of the judge below, for whatever stands first
 
@@ -107,7 +109,9 @@ def test_bradley_terry_is_the_maximum_of_its_likelihood():
     generator = torch.Generator().manual_seed(0)
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     outcomes, prior = torch.rand(len(pairs), generator=generator), 0.5
-    strengths = bradley_terry(pairs, outcomes, 6, prior=prior).double().requires_grad_()
+    ends = [end.tolist() for end in torch.tensor(pairs).T]
+    fitted = bradley_terry(*ends, outcomes.tolist(), 6, prior=math.inf, virtual_games=prior)
+    strengths = torch.tensor(fitted.values).requires_grad_()
     first, second = torch.tensor(pairs).T
     odds = strengths[first] - strengths[second]
     fit = torch.nn.functional.logsigmoid
@@ -118,13 +122,12 @@ def test_bradley_terry_is_the_maximum_of_its_likelihood():
 
 
 def test_bradley_terry_of_two_is_the_log_odds_of_their_wins():
-    pairs = [(0, 1)] * 4
-    strengths = bradley_terry(pairs, torch.tensor([1.0, 1.0, 1.0, 0.0]), 2, prior=0)
-    torch.testing.assert_close(strengths[0] - strengths[1], torch.tensor(math.log(3)), atol=1e-6, rtol=0)
-    assert float(strengths.sum()) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="prior: got 0, expected > 0"):
-        bradley_terry([(0, 1)], torch.tensor([1.0]), 2, prior=0, max_iterations=200)
-    assert bradley_terry([(0, 1)], torch.tensor([1.0]), 2).isfinite().all()
+    strengths = bradley_terry([0] * 4, [1] * 4, [1.0, 1.0, 1.0, 0.0], 2, prior=math.inf).values
+    assert strengths[0] - strengths[1] == pytest.approx(math.log(3), abs=1e-6)
+    assert strengths.sum() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="prior: got inf where somebody won or lost all"):
+        bradley_terry([0], [1], [1.0], 2, prior=math.inf)
+    assert np.isfinite(bradley_terry([0], [1], [1.0], 2, prior=math.inf, virtual_games=0.5).values).all()
 
 
 # The reward

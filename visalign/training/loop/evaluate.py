@@ -47,16 +47,6 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     return float(values.mean()) - spread, float(values.mean()) + spread
 
 
-def paired_interval(before: Tensor, after: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean difference after - before over the same prompts."""
-    if before.shape != after.shape:
-        raise ValueError(f"after: got shape {tuple(after.shape)}, expected {tuple(before.shape)}, as before")
-    difference = (after.double() - before.double()).numpy()
-    rows = np.random.default_rng(seed).integers(len(difference), size=(draws, len(difference)))
-    low, high = np.quantile(difference[rows].mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
 @torch.no_grad()
 def evaluate(
     generator: Generator,

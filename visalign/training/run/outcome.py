@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from visalign.statistics.bootstrap import paired_interval
 from visalign.training.before.options import CommonConfig
 from visalign.training.before.preflight import Plan
-from visalign.training.loop.evaluate import Evaluation, paired_interval
+from visalign.training.loop.evaluate import Evaluation
 from visalign.training.loop.setup import TrainState
 
 from .folder import Run, peak_memory
@@ -57,12 +58,13 @@ def finish(
     state.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", values)
     summary: dict[str, Any] = {}
     for name, before in state.before.scores.items():
+        gain = paired_interval(after.scores[name].numpy(), before.numpy())
         summary |= {
             f"{name}_before": state.before.mean(name),
             f"{name}_before_interval": state.before.interval(name),
             f"{name}_after": after.mean(name),
             f"{name}_after_interval": after.interval(name),
-            f"{name}_gain_interval": paired_interval(before, after.scores[name]),
+            f"{name}_gain_interval": (gain.low, gain.high),
         }
     summary |= {
         "num_prompts": len(after.prompts),
