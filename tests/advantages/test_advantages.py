@@ -141,3 +141,19 @@ def test_equal_rewards_give_exactly_zero_whatever_their_value():
         for std in ("group", "global"):
             advantages = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]), std=std)
             assert advantages[:3].tolist() == [0.0, 0.0, 0.0]  # a rounded mean would leave 1e-13 after the floor
+
+
+@pytest.mark.parametrize("value", [0.1, -0.1])
+def test_equal_rewards_are_told_on_either_side_of_0(value):
+    rewards = torch.tensor([value] * 7, dtype=torch.float64)
+    assert group_statistics(rewards, torch.zeros(7, dtype=torch.int64)).zero_std_fraction == 1
+
+
+def test_a_pair_with_ddof_one_is_a_root_of_two_apart():
+    advantages = group_advantages(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), ddof=1)
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0]) / 2**0.5)
+
+
+def test_no_gradient_passes_to_the_rewards():
+    rewards = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert not group_advantages(rewards, torch.tensor([0, 0])).requires_grad

@@ -102,6 +102,36 @@ def test_turning_points_are_the_first_steps_along_after_one_against():
     assert torch.equal(steps[0], rewards[1].double())
 
 
+def test_a_step_without_change_is_neither_with_the_trajectory_nor_against_it():
+    steps, turning = turning_points(torch.tensor([[5.0, 5.0], [6.0, 5.0], [6.0, 6.0], [7.0, 7.0]]))
+    assert steps.T.tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert turning.T.tolist() == [[True, False, False], [False, False, False]]
+
+
+def test_credit_does_not_depend_on_where_rewards_start():
+    rewards = random(5, 3)
+    torch.testing.assert_close(turning_point_rewards(rewards + 7), turning_point_rewards(rewards))
+
+
+def test_one_step_alone_is_its_own_value():
+    assert process_values(torch.tensor([[0.3, 0.6]]), 0.9).tolist() == [pytest.approx([0.3, 0.6])]
+
+
+def test_weights_of_rewards_of_both_signs_are_cut_at_0_and_eps_is_added():
+    assert temporal_weights(torch.tensor([[-1.0], [3.0]])).flatten().tolist() == pytest.approx([0, 3])
+    assert temporal_weights(torch.ones(2, 1), eps=1.0).flatten().tolist() == [0.5, 0.5]
+
+
+def test_rewards_that_never_were_negative_are_left_whatever_the_minimum_so_far():
+    assert shift_rewards(torch.tensor([3.0]), 2.0) == (torch.tensor([3.0]), 0.0)
+
+
+def test_no_gradient_passes_to_the_rewards():
+    rewards = random(3, 2).requires_grad_()
+    for result in (process_values(rewards, 0.5), turning_points(rewards)[0], turning_point_rewards(rewards)):
+        assert not result.requires_grad
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

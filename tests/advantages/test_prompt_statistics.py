@@ -95,3 +95,18 @@ def test_a_state_goes_through_json_bit_for_bit():
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_equal_rewards_give_exactly_0_though_their_mean_is_rounded():
+    for count in range(1, 12):
+        equal = torch.full((count,), 0.1, dtype=torch.float64)
+        assert normalised(equal, equal, eps=1e-30).tolist() == [0.0] * count
+
+
+def test_one_prompt_alone_has_its_share_and_no_gradient_passes():
+    tracker = PromptStatistics(2)
+    rewards = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert not tracker.advantages(["a", "a"], rewards).requires_grad
+    assert (
+        tracker.share_of_own(["a"]) == 1 and tracker.share_of_own(["a", "b"]) == 0.5 and tracker.share_of_own([]) == 0
+    )

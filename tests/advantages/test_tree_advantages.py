@@ -113,6 +113,37 @@ def test_of_each_branching_at_most_the_best_and_the_worst_are_kept_and_only_if_t
     assert kept.view(12, 5).sum(1).max() <= 2 and kept.any()
 
 
+def test_the_better_half_of_an_odd_branch_is_rounded_down():
+    rewards = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.7, 0.9, 0.8, 0.6])
+    kept = keep_by_width(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), "half")
+    assert kept.nonzero().flatten().tolist() == [1, 5, 6]
+
+
+def test_a_spread_of_exactly_the_least_is_enough():
+    values, trees = torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.int64)  # std 1
+    assert depth_advantages(values, trees, least_std=1.0).tolist() == pytest.approx([-1, 0, 1])
+    assert depth_advantages(values, trees, least_std=1.1).tolist() == [0, 0, 0]
+
+
+def test_a_window_as_long_as_the_tree_stays_at_the_start():
+    assert list(pruned_depths(900, 3, 30, 3)) == [1, 2, 3]
+
+
+def test_no_gradient_passes_to_the_rewards():
+    rewards = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert not node_means(rewards, torch.tensor([0, 0]), 1).requires_grad
+    assert not history_scores(rewards, torch.empty(0)).requires_grad
+
+
+def test_scores_of_two_rewards_of_equal_ones_and_of_a_tiny_spread():
+    assert history_scores(torch.tensor([1.0, 3.0]), torch.empty(0)).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    for count in range(1, 12):
+        equal = torch.full((count,), 0.1, dtype=torch.float64)
+        assert history_scores(equal, torch.empty(0)).tolist() == [0.0] * count
+    tiny = torch.tensor([0.0, 2e-8], dtype=torch.float64)
+    assert history_scores(tiny, torch.empty(0))[1].item() == pytest.approx(1 / (2**0.5 + 1))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -281,3 +281,35 @@ def test_clip_fraction_counts_each_side_where_its_gradient_is_cut():
     assert stats["clip_fraction_positive"].item() == pytest.approx(0.2)  # A > 0, ratio above: the first
     assert stats["clip_fraction_negative"].item() == pytest.approx(0.2)  # A < 0, ratio below: the third
     assert ppo_stats(log_ratio[3:4], advantages[3:4], 0.1)["clip_fraction"].item() == 0  # A > 0, ratio below
+
+
+def test_stats_do_not_count_what_lies_on_the_bound_nor_what_has_no_advantage():
+    """At the bound the clamp still passes the gradient; without an advantage there is none to cut."""
+    on = ppo_stats(tensor(math.log(1.5), math.log(0.5)), tensor(1.0, -1.0), 0.5)
+    assert on["clip_fraction_positive"] == on["clip_fraction_negative"] == 0
+    none = ppo_stats(tensor(math.log(3.0), math.log(0.1)), tensor(0.0, 0.0), 0.5)
+    assert none["clip_fraction_positive"] == none["clip_fraction_negative"] == 0
+    mild = ppo_stats(tensor(math.log(0.1), math.log(3.0)), tensor(0.5, -0.5), 0.5)
+    assert mild["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("bound, advantage", [(0.3, -1.0), (0.3, 2.0), (0.05, -2.0)])
+def test_the_two_bounds_of_the_ratio_lie_at_equal_distances_of_1(bound, advantage):
+    ratios = tensor(0.2, 0.9, 1.02, 1.2, 2.0)
+    advantages = torch.full_like(ratios, advantage)
+    loss, _ = clipped_loss(ratios.log(), advantages, bound)
+    wanted = [-min(r * advantage, min(max(r, 1 - bound), 1 + bound) * advantage) for r in ratios.tolist()]
+    assert loss.tolist() == pytest.approx(wanted)
+
+
+def test_no_gradient_reaches_what_was_sampled_before():
+    log_prob, old, advantages = (randn(3, seed=k).requires_grad_() for k in range(3))
+    mean, old_mean, reference = (randn(3, 4, seed=k).requires_grad_() for k in range(3))
+    loss, stats = clipped_surrogate(log_prob, old, advantages, 0.2)
+    loss = loss.sum() + ratio_norm_log_ratio(log_prob, old, mean, old_mean, 0.4).sum()
+    policy = Gaussian.of(mean, 0.5)
+    loss = loss + kl_penalty("x", policy, Gaussian.of(reference, 0.5)).sum()
+    loss = loss + kl_penalty("v", policy, policy, prediction=mean, ref_prediction=reference).sum()
+    gradients = torch.autograd.grad(loss, (log_prob, mean, old, advantages, old_mean, reference), allow_unused=True)
+    assert [g is None for g in gradients] == [False, False, True, True, True, True]
+    assert not any(value.requires_grad for value in ppo_stats(log_prob, advantages, 0.2).values())

@@ -52,6 +52,11 @@ def test_descent_ends_where_the_log_ratio_is_the_difference_of_advantages():
     torch.testing.assert_close(ratio[1] - ratio[2], torch.tensor(0.5), rtol=0, atol=1e-3)
 
 
+def test_no_gradient_passes_to_the_advantages():
+    log_ratios, advantages = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    assert torch.autograd.grad(rebel_loss(log_ratios, advantages).sum(), advantages, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

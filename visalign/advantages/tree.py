@@ -117,10 +117,11 @@ def history_scores(rewards: Tensor, past: Tensor) -> Tensor:
     Args:
         rewards: (N,), of this stage. past: (M,), of the stages before that still count; may be empty.
     """
-    every = torch.cat([past.double(), rewards.detach().double()])
+    rewards = rewards.detach().double()
+    every = torch.cat([past.double(), rewards])
     if len(every) < 2 or bool((every == every[0]).all()):
         return torch.zeros(len(rewards))
-    return ((rewards.double() - every.mean()) / (every.std() + 1e-8)).float()
+    return ((rewards - every.mean()) / (every.std() + 1e-8)).float()
 
 
 def select_branches(scores: Tensor, branches: Tensor, high: float = 0.5, low: float = -0.5) -> Tensor:
