@@ -490,3 +490,65 @@ def test_guidance_of_the_teacher_commutes_with_the_estimate():
     guided = uncond + (w + 1) * (cond - uncond)
     one, other, both = (ddim(x, p, 0.4, 0.5, 0.0)[1] for p in (cond, uncond, guided))
     torch.testing.assert_close(both, one + w * (one - other))
+
+
+# Known numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [20, 150, 1000])
+def test_the_levels_of_srpo_are_those_of_its_grids(count, seed):
+    m = int(torch.randint(5, count - 4, (), generator=seeded(seed)))
+    k = min(101, count - m, m)
+    grid, first, second = (torch.linspace(a, b, count).tolist() for a, b in ((0.96, 0.7), (0.1, 0.25), (0.3, 0.01)))
+    at = ss.align_levels(0.96, 0.7, seeded(seed), count)
+    assert (at.landing, at.denoise_from) == pytest.approx((grid[count - m], grid[count - m - k]), abs=1e-6)
+    assert at.inversion_from == pytest.approx(grid[count - max(m - k, 1)], abs=1e-6)
+    assert (at.denoise_excess, at.inversion_excess) == pytest.approx((first[m], second[max(m - k, 1)]), abs=1e-6)
+
+
+def test_single_steps_at_known_values():
+    one = torch.ones(1, 1, dtype=torch.float64)
+    # x = 0.4 * 2 + 0.6 * 3 = 2.6, moved by -0.35 * 5 to 0.85, less 0.25 * 3, over 0.75
+    assert ss.direct_align(2 * one, 3 * one, 0.6, 0.25, 5 * one).item() == pytest.approx(0.1 / 0.75)
+    assert ss.consistency_loss(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2), huber=4.0).item() == pytest.approx(0.5)
+    assert [ss.ramp(0, 0), ss.ramp(0, 4), ss.ramp(1, 4), ss.ramp(9, 4)] == [1, 0, 0.25, 1]
+    assert [ss.edit_start(20, s) for s in (0.0, 0.6, 1.0)] == [20, 8, 0]
+    noise, offsets = torch.ones(1, 2, 3, 3), torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
+    assert ss.offset_noise(noise, offsets, 0.1).mean((2, 3)).flatten().tolist() == pytest.approx([1.1, 0.8])
+    assert ss.min_snr_weight(0.4, "velocity", gamma=2.0) == pytest.approx(2 * 0.4**2)
+    assert ss.min_snr_weight(0.4, "sample") == pytest.approx(0.4 / 0.6)
+    assert ss.min_snr_weight(0.9, "sample") == 5
+
+
+def test_no_gradient_reaches_what_a_penalty_compares_with():
+    here, there = randn(2, 3).requires_grad_(), randn(2, 3, seed=1).requires_grad_()
+    policy, frozen = (flow_sde(randn(2, 3, seed=2), v, 0.5, 0.4, 0.7) for v in (here, there))
+    total = rg.output_anchor(here, there).sum() + rg.start_penalty([here], [there]) + rg.step_kl(policy, frozen).sum()
+    moved = rg.worst_case(here, there, 0.1).sum()
+    gradients = torch.autograd.grad(total + moved, (here, there), allow_unused=True)
+    assert gradients[0].abs().max() > 0 and gradients[1] is None
+
+
+def test_the_worst_case_stays_a_picture_and_every_saturated_value_is_counted():
+    images = torch.tensor([0.0, 0.002, 1.0]).view(1, 3, 1, 1)
+    moved = rg.worst_case(images, torch.tensor([1.0, 1.0, -1.0]).view(1, 3, 1, 1), 0.1)
+    assert moved.flatten().tolist() == [0.0, 0.0, 1.0]
+    assert rg.saturated_fraction(torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1]).view(1, 1, 1, 5)).item() == pytest.approx(0.8)
+
+
+def test_crops_have_every_size_and_place_that_they_may_have():
+    """On a ramp the part's lowest and highest value say where it was cut, and how large."""
+    side = 64
+    ramp = torch.linspace(0, 1, side).expand(300, 3, side, side)
+    cut = rg.augment(ramp, range(300), crop=0.5, noise=0.0)
+    low, high = cut.amin((1, 2, 3)), cut.amax((1, 2, 3))
+    size = high - low
+    assert 0.47 < size.min() < 0.53 and 0.97 < size.max() <= 1 and abs(size.mean() - 0.75) < 0.03
+    room = 1 - size > 0.2
+    place = (low / (1 - size).clamp(min=1e-3))[room]
+    assert place.min() < 0.05 and place.max() > 0.95 and abs(place.mean() - 0.5) < 0.06
+    down = rg.augment(ramp.transpose(2, 3), range(300), crop=0.5, noise=0.0)
+    assert torch.allclose(down.amax((1, 2, 3)) - down.amin((1, 2, 3)), size, atol=0.02)
+    flipped = rg.augment(ramp, range(300), crop=1.0, noise=0.0, flip=True)
+    assert 0.4 < (flipped[:, 0, 0, 0] > flipped[:, 0, 0, -1]).double().mean() < 0.6

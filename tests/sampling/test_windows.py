@@ -42,6 +42,7 @@ def test_the_early_window_leaves_out_the_first_step_in_every_iteration():
 
 def test_random_window_of_size_zero_is_all_but_the_last():
     assert make_window("random", 10, 0)(0) == list(range(9))
+    assert make_window("random", 10, 0, span=(2, 6))(0) == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("kind", ["random", "mix_random"])

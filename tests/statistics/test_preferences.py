@@ -62,3 +62,14 @@ def test_agreement_is_the_share_of_pairs_that_the_score_orders_as_people_do():
     assert agreement([], [])[1:] == (0.0, 1.0)
     with pytest.raises(ValueError, match="margins: got one that is not finite"):
         agreement([True], [float("nan")])
+
+
+@pytest.mark.parametrize("prior", [0.5, 2.0])
+def test_at_the_top_the_pull_of_the_votes_is_that_of_the_prior(prior):
+    found = bradley_terry([0] * 40, [1] * 40, [1] * 30 + [0] * 10, 2, prior=prior)
+    strength = found.values[0]
+    assert 30 - 40 / (1 + np.exp(-2 * strength)) == pytest.approx(strength / prior**2, abs=1e-5)
+    chance = 1 / (1 + np.exp(-2 * strength))
+    # of the difference of both, whose curvature is that of the votes twice over and of the prior
+    spread = 1.959964 / np.sqrt(2 * (2 * 40 * chance * (1 - chance) + 1 / prior**2))
+    assert found.high[0] - strength == pytest.approx(spread, rel=1e-4) == strength - found.low[0]

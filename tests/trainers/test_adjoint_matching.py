@@ -155,6 +155,10 @@ def test_copies_of_the_gradient_are_clipped_at_a_quantile_of_their_norms():
     clipped = smoothed_gradient(gradients, quantile=0.5)  # median norm 1
     torch.testing.assert_close(clipped, torch.tensor([[1.6 / 3, 1.8 / 3]]))
     torch.testing.assert_close(smoothed_gradient(gradients[:1]), gradients[0])
+    pictures = gradients.view(3, 1, 2, 1, 1)  # of any number of dimensions
+    torch.testing.assert_close(smoothed_gradient(pictures, quantile=0.5), clipped.view(1, 2, 1, 1))
+    two = torch.cat([gradients, 10 * gradients.flip(0)], dim=1)  # each sample by itself
+    torch.testing.assert_close(smoothed_gradient(two, quantile=0.5)[:1], clipped)
 
 
 def test_the_last_steps_are_always_trained_and_others_at_random():

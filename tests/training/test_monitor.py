@@ -117,6 +117,15 @@ def test_a_batch_has_the_statistics_of_its_pictures(statistic):
     assert ((singles >= 0) & (singles <= 1)).all()
 
 
+def test_statistics_pass_no_gradient_and_two_pixels_a_side_have_no_detail():
+    pictures = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for statistic in (brightness, contrast, saturation, high_frequency, grid_energy, embed_pixels):
+        assert not statistic(pictures).requires_grad
+    assert high_frequency(torch.eye(2).expand(1, 3, 2, 2)).item() == 0  # the window leaves one pixel
+    wave = torch.tensor([0.0, 1.0] * 8).expand(1, 3, 1, 16)
+    assert high_frequency(wave).item() > 0.9  # one row has no window across it
+
+
 def test_bad_arguments_of_statistics_are_named():
     with pytest.raises(ValueError, match=r"period: got 8, expected within 2 to half the side \(15 pixels\)"):
         grid_energy(noise(1, 15), 8)

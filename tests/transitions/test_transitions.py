@@ -14,11 +14,13 @@ from visalign.transitions import (
     FlowSDE,
     Gaussian,
     Schedule,
+    check_transition,
     consistency_step,
     cps,
     dance_sde,
     ddim,
     dpm_solver_2m,
+    flow_ddim,
     flow_ode,
     flow_sde,
     make_transition,
@@ -507,3 +509,21 @@ def test_steps_reject_wrong_order_shape_and_strength():
         cps(x, x, 0.5, 0.4, 1.5)
     with pytest.raises(ValueError, match="eta: got -1"):
         dance_sde(x, x, 0.5, 0.4, -1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_flow_ddim_at_known_values(eta):
+    """At sigma 0.6 and 0.4: x0 = x - 0.6 v, noise = x + 0.4 v, and the posterior's variance."""
+    x, v = randn(1, 4), randn(1, 4, seed=1)
+    std = eta * 0.4 * math.sqrt(1 - (0.4 * 0.4 / (0.6 * 0.6)) ** 2)
+    step = flow_ddim(x, v, 0.6, 0.4, eta)
+    torch.testing.assert_close(step.mean, 0.6 * (x - 0.6 * v) + math.sqrt(0.16 - std**2) * (x + 0.4 * v))
+    assert step.std.item() == pytest.approx(std)
+
+
+def test_names_of_transitions_are_checked_before_anything_runs():
+    check_transition("sampler", "cps", ["cps", "ddim"])
+    with pytest.raises(ValueError, match="sampler: got 'cpd', .*did you mean 'cps'"):
+        check_transition("sampler", "cpd", ["cps", "ddim"])
+    with pytest.raises(ValueError, match="sampler: "):
+        check_transition("sampler", "missing_file.py:Step", ["cps", "ddim"])

@@ -249,3 +249,8 @@ def test_the_split_starts_from_the_better_of_the_two_sets():
     for first, second, expected in ((alike, unlike, True), (unlike, alike, False)):
         swap = split_by_set_score(first, second, vendi_score, torch.Generator(), sweeps=0)
         assert swap.tolist() == [expected] * 4
+
+
+def test_of_two_equal_samples_the_first_goes_to_the_better_set():
+    first, second = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 2.0])
+    assert split_by_score(first, second).tolist() == [False, True, False]
