@@ -65,7 +65,7 @@ EQUIVALENT = {  # judged one by one: no test could tell them from the original, 
     "visalign/statistics/pictures.py:_hann: length > 1 -> length >= 1": "the window of one pixel is 1",
     "visalign/search/particles/resampling.py:ssp: draws[other] * (up + down) < down -> draws[other] * (up + down) <= "
     "down": "differs for a draw on the bound itself",
-    "rewards/aggregate.py:correlation_weighted: combined.mean() -> combined.sum()": "each group sums to 0, so both are 0",
+    "rewards/aggregate.py:correlation_weighted: combined.mean() -> combined.sum()": "each group sums to 0: both are",
     "rewards/groups/sets.py:vendi_score: 0 -> 1": "the wider of two matrices of the same eigenvalues that are not 0",
 }
 BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
