@@ -29,9 +29,10 @@ def build(settings: Settings):
     from visalign.demos.tabs.runs import runs_tab
     from visalign.demos.tabs.score import score_tab
     from visalign.demos.tabs.search import search_tab
-    from visalign.demos.workshop import Workshop
 
-    page = Page(settings, Workshop(settings))
+    from .model_session import ModelSession
+
+    page = Page(settings, ModelSession(settings))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.HTML(f"<h1>{TITLE}</h1>")
         with gr.Tabs():

@@ -61,8 +61,8 @@ def run_names(root: Path) -> list[str]:
     """The run folders of a folder: those with metrics.jsonl, newest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if (path / "metrics.jsonl").is_file() and _inside(path, root)]
-    return [path.name for path in sorted(found, key=lambda p: (p / "metrics.jsonl").stat().st_mtime, reverse=True)]
+    paths = [path for path in root.iterdir() if (path / "metrics.jsonl").is_file() and _inside(path, root)]
+    return [path.name for path in sorted(paths, key=lambda p: (p / "metrics.jsonl").stat().st_mtime, reverse=True)]
 
 
 def run_folder(root: Path, name: str) -> Path:
@@ -125,8 +125,8 @@ def save_comparison(
     """
     folder = new_folder(out / "comparisons")
     pictures: list[Path] = []
-    for side, drawn in (("left", left), ("right", right)):
-        for seed, picture in zip(facts["seeds"], drawn):
+    for side, images in (("left", left), ("right", right)):
+        for seed, picture in zip(facts["seeds"], images):
             path = folder / f"{side}-seed{seed}.png"
             own = {key: facts[key] for key in facts if key not in ("left", "right", "rewards")}
             picture.save(
@@ -147,8 +147,8 @@ def side_by_side(left: Sequence[Image.Image], right: Sequence[Image.Image]) -> I
     width, height = first.width * factor, first.height * factor
     rows = max(len(left), len(right))
     sheet = Image.new("RGB", (2 * width + 8, rows * (height + 8) - 8), "white")
-    for column, drawn in enumerate((left, right)):
-        for row, picture in enumerate(drawn):
+    for column, images in enumerate((left, right)):
+        for row, picture in enumerate(images):
             enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (column * (width + 8), row * (height + 8)))
     return sheet

@@ -84,8 +84,8 @@ class Jobs:
     def forget(self, session: str) -> None:
         """Stop and drop all of a visitor who has left."""
         with self._lock:
-            mine = [key for key in self._jobs if key[0] == session]
-            for key in mine:
+            own = [key for key in self._jobs if key[0] == session]
+            for key in own:
                 job = self._jobs.pop(key)
                 job.stop()
                 self._leave(job)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from visalign.worlds import world
 
-from .asked import Reading
+from .requests import Reading
 
 CSS = """
 .gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important }
@@ -69,8 +69,8 @@ def figure(picture: Image.Image, alt: str, caption: str = "", boxes: Sequence[An
     Args:
         wide: as wide as it is, or as the page; else at most 420 pixels.
     """
-    drawn = "".join(_box(placed) for placed in boxes)
-    over = f'<svg viewBox="0 0 {SIZE} {SIZE}" aria-hidden="true">{drawn}</svg>' if drawn else ""
+    boxes_html = "".join(_box(placed) for placed in boxes)
+    over = f'<svg viewBox="0 0 {SIZE} {SIZE}" aria-hidden="true">{boxes_html}</svg>' if boxes_html else ""
     kind = (" small" if max(picture.size) < 256 else "") + (" wide" if wide else "")
     image = f'<div class="va-pic{kind}"><img alt="{text(alt)}" src="{data_uri(picture)}">{over}</div>'
     return f'<figure class="va">{image}<figcaption>{text(caption)}</figcaption></figure>'
@@ -106,9 +106,9 @@ def _bar_row(name: str, left: Sequence[Reading], right: Sequence[Reading], bound
     low, high = bounds if bounds and all(abs(b) < 1e6 for b in bounds) else (min([0.0, *known]), max([0.0, *known]))
     best = max(known, default=0.0)
     cells = ""
-    for kind, mean, found in (("left", means[0], left), ("right", means[1], right)):
+    for kind, mean, readings in (("left", means[0], left), ("right", means[1], right)):
         if mean is None:
-            why = next((r.problem for r in found if r.problem), "not scored")
+            why = next((r.problem for r in readings if r.problem), "not scored")
             cells += f"<td>{text(why)}</td>"
             continue
         share = 100 * (mean - low) / (high - low) if high > low else 0.0
@@ -127,9 +127,9 @@ def mean_score(readings: Sequence[Reading]) -> float | None:
 def details(readings: Mapping[str, Sequence[Reading]], title: str) -> str:
     """Per-criterion answers and reasons, where rewards give them; else nothing."""
     rows = ""
-    for name, found in readings.items():
-        for n, reading in enumerate(found):
-            where = f"{name}, picture {n + 1}" if len(found) > 1 else name
+    for name, values in readings.items():
+        for n, reading in enumerate(values):
+            where = f"{name}, picture {n + 1}" if len(values) > 1 else name
             rows += "".join(
                 f'<tr><th scope="row">{text(where)}</th><td>{text(key)}</td><td class="n">{value:.3f}</td></tr>'
                 for key, value in reading.criteria.items()

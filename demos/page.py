@@ -1,4 +1,4 @@
-"""What the tabs share: the workshop, everybody's jobs, and how long work is wired to buttons."""
+"""What the tabs share: the model session, everybody's jobs, and how long work is wired to buttons."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ import torch
 
 from .jobs import Jobs, Stopped
 from .markup import problem, status
+from .model_session import ModelSession
 from .settings import Settings
-from .workshop import Workshop
 
 Updates = dict[Any, Any]  # component: its new value, or an update of it
 HIDDEN = dict(api_visibility="private", show_progress="hidden")  # of events that nobody waits for
@@ -19,7 +19,7 @@ HIDDEN = dict(api_visibility="private", show_progress="hidden")  # of events tha
 @dataclass
 class Page:
     settings: Settings
-    workshop: Workshop
+    session: ModelSession
     jobs: Jobs = field(default_factory=Jobs)
 
 
@@ -41,14 +41,14 @@ def telling(error: Exception) -> str:
     return problem(sentence(error))
 
 
-def guarded(handler: Callable[..., Updates], told: Any) -> Callable[..., Updates]:
-    """A handler of short work that returns updates; an error becomes a sentence in `told`."""
+def guarded(handler: Callable[..., Updates], status_box: Any) -> Callable[..., Updates]:
+    """A handler of short work that returns updates; an error becomes a sentence in `status_box`."""
 
     def run(request: gr.Request, *values: Any) -> Updates:
         try:
             return handler(request.session_hash or "", *values)
         except Exception as error:
-            return {told: telling(error)}
+            return {status_box: telling(error)}
 
     return run
 
@@ -63,7 +63,7 @@ def work(
     outputs: Sequence[Any],
     go: Any,
     stop: Any,
-    told: Any,
+    status_box: Any,
     listen: bool = True,
     freeze: Sequence[Any] = (),
     before: Callable[..., Updates] | None = None,
@@ -71,7 +71,7 @@ def work(
     """Wire long work: a place in the queue at once, then the handler's updates, and Stop at any time.
 
     Args:
-        handler: (job, *values of the inputs) -> updates of outputs and of `told`, as they come. What it raises is
+        handler: (job, *values of the inputs) -> updates of outputs and of `status_box`, as they come. What it raises is
             told as a sentence; Stopped is not an error.
         triggers: events that begin it; `go` is the button that cannot be pressed meanwhile.
         listen: whether `stop` is wired here; once a tab.
@@ -83,7 +83,7 @@ def work(
         session = request.session_hash or ""
         ahead = page.jobs.begin(session, tab)
         words = f"In the queue, {ahead} before you." if ahead else "Starting."
-        begun: Updates = {told: status(words, busy=True), stop: gr.update(interactive=True)}
+        begun: Updates = {status_box: status(words, busy=True), stop: gr.update(interactive=True)}
         begun |= {button: gr.update(interactive=False) for button in (go, *freeze)}
         try:
             return begun | (before(*values) if before else {})
@@ -98,13 +98,13 @@ def work(
         try:
             job.check()
             if job.problem:
-                done[told] = job.problem
+                done[status_box] = job.problem
             else:
                 yield from handler(job, *values)
         except Stopped:
-            done[told] = status("Stopped.")
+            done[status_box] = status("Stopped.")
         except Exception as error:
-            done[told] = telling(error)
+            done[status_box] = telling(error)
         finally:
             page.jobs.end(job)
         yield done
@@ -112,13 +112,13 @@ def work(
     def halt(request: gr.Request) -> None:  # says nothing itself: its answer could come after the work's last word
         page.jobs.stop(request.session_hash or "", tab)
 
-    begun = gr.on(triggers, begin, list(inputs), [*outputs, told, stop, go, *freeze], queue=False, **HIDDEN)
+    begun = gr.on(triggers, begin, list(inputs), [*outputs, status_box, stop, go, *freeze], queue=False, **HIDDEN)
     if listen:
         stop.click(halt, None, None, queue=False, **HIDDEN)
     return begun.then(
         run,
         list(inputs),
-        [*outputs, told, go, stop],
+        [*outputs, status_box, go, stop],
         concurrency_limit=1,
         concurrency_id="model",
         show_progress="hidden",

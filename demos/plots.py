@@ -16,7 +16,7 @@ def curves_html(title: str, names: Sequence[str], metrics: Mapping[str, Sequence
     """The numbers `names` of each run over its steps: a colour a run, a line style a number; "" if no run has any."""
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
     axes = figure.subplots()
-    said = []
+    texts = []
     for k, (run, lines) in enumerate(metrics.items()):
         for style, name in zip(STYLES, names):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
@@ -27,14 +27,14 @@ def curves_html(title: str, names: Sequence[str], metrics: Mapping[str, Sequence
             said_name = name.removesuffix("_bytes")
             label = said_name if len(metrics) == 1 else f"{run[:24]}: {said_name}"
             axes.plot(steps, values, style, color=f"C{k}", label=plain(label), marker="." if len(steps) < 12 else None)
-            said.append(f"{label} from {values[0]:.4g} to {values[-1]:.4g} over {steps[-1]} steps")
-    if not said:
+            texts.append(f"{label} from {values[0]:.4g} to {values[-1]:.4g} over {steps[-1]} steps")
+    if not texts:
         return ""
     axes.set_xlabel("step")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    return plot_html(figure, f"{title}: {'; '.join(said)}")
+    return plot_html(figure, f"{title}: {'; '.join(texts)}")
 
 
 def search_curve_html(points: Sequence[tuple[int, float]], budget: int, reward: str) -> str:
@@ -49,8 +49,8 @@ def search_curve_html(points: Sequence[tuple[int, float]], budget: int, reward: 
     axes.set_xlabel("denoiser calls (NFE)")
     axes.set_ylabel(plain(f"best {reward} so far"))
     axes.grid(alpha=0.3)
-    said = f"Best {reward} so far: {best[-1]:.4f} after {spent[-1]} of {budget} denoiser calls; {best[0]:.4f} at first"
-    return plot_html(figure, said)
+    texts = f"Best {reward} so far: {best[-1]:.4f} after {spent[-1]} of {budget} denoiser calls; {best[0]:.4f} at first"
+    return plot_html(figure, texts)
 
 
 def plot_html(figure: Figure, alt: str) -> str:

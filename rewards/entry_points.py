@@ -19,10 +19,10 @@ GROUP = "visalign.rewards"
 
 @functools.cache
 def _found() -> dict[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
+    points: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
-        found.setdefault(point.name, []).append(point)
-    return found
+        points.setdefault(point.name, []).append(point)
+    return points
 
 
 def entry_point_names() -> list[str]:

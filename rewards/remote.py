@@ -67,16 +67,20 @@ class RemoteReward:
             limits=httpx.Limits(max_connections=None),
             trust_env=not is_loopback(self.url),  # no proxy between a machine and itself
         )
-        said = self._request("GET", "/description")
+        info = self._request("GET", "/description")
         try:
-            self.name, self.kind, self.media = str(said["name"]), str(said["kind"]), str(said["media"])
-            low, high = (float(end) for end in said["range"])
+            self.name, self.kind, self.media = (
+                str(info["name"]),
+                str(info["kind"]),
+                str(info["media"]),
+            )
+            low, high = (float(end) for end in info["range"])
             self.range: tuple[float, float] = (low, high)
-            self.needs = tuple(str(need) for need in said["needs"])
+            self.needs = tuple(str(need) for need in info["needs"])
             self._spec, self._max_bytes, self._max_images = (
-                said["spec"],
-                int(said["max_bytes"]),
-                int(said["max_images"]),
+                info["spec"],
+                int(info["max_bytes"]),
+                int(info["max_images"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(f"gave no description of a reward ({type(error).__name__}: {error})") from error

@@ -191,8 +191,8 @@ def _filled(member: Member, output: RewardOutput, context: Context | None, on_fa
     try:
         return fill_invalid(output.scores, output.is_valid, ids, on_fail, member.reward.range)
     except ValueError as error:
-        said = next((reason for reason in output.rationale or () if reason), None)
-        raise RewardError(member.label, f"{error}{f' (e.g. {said[:200]})' if said else ''}; {ADVICE}") from error
+        example = next((reason for reason in output.rationale or () if reason), None)
+        raise RewardError(member.label, f"{error}{f' (e.g. {example[:200]})' if example else ''}; {ADVICE}") from error
 
 
 def _checked_output(

@@ -179,21 +179,21 @@ def _check_options(term: Term, factory: Callable) -> None:
 def _make_term(term: Term) -> Reward:
     if ":" not in term.name:
         return as_reward(reward_factory(term.name)(**term.options), term.label)
-    found = load_location("spec", term.name)
-    if not callable(found):
-        raise ValueError(f"spec: got {term.name!r}, which is a {type(found).__name__}, expected a function or a class")
-    if not isinstance(found, type) and next(iter(inspect.signature(found).parameters), None) == "images":
+    target = load_location("spec", term.name)
+    if not callable(target):
+        raise ValueError(f"spec: got {term.name!r}, which is a {type(target).__name__}, expected a function or a class")
+    if not isinstance(target, type) and next(iter(inspect.signature(target).parameters), None) == "images":
         if term.options:
             raise ValueError(
                 f"options of reward {term.name!r}: got {sorted(term.options)}, expected none for a function of images; "
                 "a class or a function that returns the reward takes options"
             )
-        return as_reward(found, term.label)
-    required = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty]
-    if not isinstance(found, type) and required and not term.options:
+        return as_reward(target, term.label)
+    required = [p.name for p in inspect.signature(target).parameters.values() if p.default is p.empty]
+    if not isinstance(target, type) and required and not term.options:
         raise ValueError(
-            f"spec: got {term.name!r} with arguments {inspect.signature(found)}; a reward function's first argument is "
-            "called 'images', any other function is called with the options and returns the reward"
+            f"spec: got {term.name!r} with arguments {inspect.signature(target)}; a reward's first argument is called "
+            "'images', any other function is called with the options and returns the reward"
         )
-    _check_options(term, found)
-    return as_reward(found(**term.options), term.label)
+    _check_options(term, target)
+    return as_reward(target(**term.options), term.label)

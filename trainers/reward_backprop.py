@@ -186,16 +186,16 @@ class RewardBackprop(Trainer):
 
     def learn_by_reward(self, step: int, batch: Batch, log: UpdateLog, scale: float) -> None:
         """Gradient of the reward of what `estimates` gives."""
-        shown: tuple[Tensor, Tensor] | None = None
+        first: tuple[Tensor, Tensor] | None = None
         for estimate in self.estimates(step, batch):
             images = self.images(batch, estimate.latents, log)
             context = self.context(step, batch)
             graded = self.reward(images, batch.prompts, batch.noise_seeds, context, estimate.excess, estimate.swap)
             (graded.loss.sum() * (self.cfg.reward_weight * estimate.weight * scale)).backward()
-            shown = shown or (images.detach(), graded.rewards)
+            first = first or (images.detach(), graded.rewards)
             self.stay_close(step, batch, log, estimate.latents.detach(), estimate.states, scale * estimate.weight)
-        assert shown is not None
-        log.add_samples(batch, *shown)
+        assert first is not None
+        log.add_samples(batch, *first)
         if self.cfg.data_share:
             self.data_loss(step, batch, log, scale, self.time_at(step, batch.block))[0].backward()
 
@@ -222,8 +222,8 @@ class RewardBackprop(Trainer):
                 reward, context = self.state.scorer.reward, self.context(step, batch)
                 assert isinstance(reward, ControlnetCycle)
                 images = self.images(batch, latents, log)
-                found, losses, counted = reward.pixel_losses(images, context)
-                doubt = reward.doubt(reward.pixel_losses(self.images(batch, other, log), context)[0], found)
+                maps, losses, counted = reward.pixel_losses(images, context)
+                doubt = reward.doubt(reward.pixel_losses(self.images(batch, other, log), context)[0], maps)
                 weighted, doubted = (per_item(v, counted) for v in (single_step.doubt_weighted(losses, doubt), doubt))
                 rate = cfg.reward_weight * single_step.ramp(step, cfg.own("ramp_steps"))
                 total = rate * weighted + cfg.own("doubt_weight") * doubted

@@ -337,9 +337,9 @@ class TreeGRPO(Trainer):
 
     def selected_credit(self, tree: Tree, _ids: Tensor, scores: Tensor) -> dict[int, Tensor]:
         """B2-DiffuRL: the normalised reward, of the best and the worst of each branching, from the branching on."""
-        kept = select_branches(scores, tree.roots[-1], self.cfg.of("keep_above"), self.cfg.of("keep_below"))
+        selected = select_branches(scores, tree.roots[-1], self.cfg.of("keep_above"), self.cfg.of("keep_below"))
         split = [len(layer.parents) for layer in tree.layers].index(len(tree))  # what is before is not trained
-        return {i: scores * kept for i in self.noisy_steps(tree) if i >= split}
+        return {i: scores * selected for i in self.noisy_steps(tree) if i >= split}
 
     def history_scores(self, step: int, rewards: Tensor, ids: Tensor, groups: list[Group]) -> Tensor:
         """B2-DiffuRL's normalised rewards of all leaves, with the last stages' of the same prompt."""

@@ -13,9 +13,9 @@ def unknown_name(argument: str, got: str, valid: Iterable[str]) -> ValueError:
     names = sorted(valid)
     close = difflib.get_close_matches(got, names, n=6, cutoff=0.5)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    shown = names if len(names) <= MOST_NAMES else sorted(close or names[:6])
-    more = f" or {len(names) - len(shown)} more" if len(shown) < len(names) else ""
-    return ValueError(f"{argument}: got {got!r}, expected one of {shown}{more}{hint}")
+    listed = names if len(names) <= MOST_NAMES else sorted(close or names[:6])
+    more = f" or {len(names) - len(listed)} more" if len(listed) < len(names) else ""
+    return ValueError(f"{argument}: got {got!r}, expected one of {listed}{more}{hint}")
 
 
 def build(name: str, makers: Mapping[str, type], argument: str, **options: Any) -> Any:

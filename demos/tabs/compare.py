@@ -8,11 +8,21 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from visalign.demos.asked import BASE, MOST_BUDGET, MOST_PICTURES, MOST_STEPS, PLAIN, SEARCHES, Asked, Reading, Side
 from visalign.demos.files import save_comparison, side_by_side, to_download
 from visalign.demos.jobs import Job, Stopped, follow
 from visalign.demos.markup import bars, details, figure, note, reading_of, status
 from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
+from visalign.demos.requests import (
+    BASE,
+    MOST_BUDGET,
+    MOST_PICTURES,
+    MOST_STEPS,
+    PLAIN,
+    SEARCHES,
+    DrawRequest,
+    Reading,
+    Side,
+)
 from visalign.demos.settings import MAX_PROMPT
 from visalign.images import images_to_pil
 from visalign.worlds import world
@@ -24,7 +34,7 @@ Readings = dict[str, list[Reading]]
 class Comparison:
     """What was drawn and scored; a side that was stopped has no pictures."""
 
-    asked: Asked
+    asked: DrawRequest
     sides: tuple[Side, Side]
     images: list[Tensor] = field(default_factory=list)
     readings: list[Readings] = field(default_factory=list)
@@ -35,16 +45,16 @@ class Comparison:
     @property
     def facts(self) -> dict[str, Any]:
         """All of it as JSON can hold it, without the pictures."""
-        asked = self.asked
+        request = self.asked
         names = ("left", "right")
         return {
-            "prompt": asked.prompt,
-            "seeds": asked.seeds,
-            "steps": asked.steps,
-            "guidance": asked.guidance,
+            "prompt": request.prompt,
+            "seeds": request.seeds,
+            "steps": request.steps,
+            "guidance": request.guidance,
             **{name: vars(side) for name, side in zip(names, self.sides)},
             "rewards": {
-                name: {reward: [r.score for r in found] for reward, found in readings.items()}
+                name: {reward: [r.score for r in values] for reward, values in readings.items()}
                 for name, readings in zip(names, self.readings)
             },
         }
@@ -52,29 +62,29 @@ class Comparison:
 
 def compare_tab(page: Page, blocks: gr.Blocks) -> None:
     """Build the tab; the first pair is drawn as the page opens."""
-    shop = page.workshop
+    session = page.session
     default = "two red circles" if page.settings.shapes else "a photo of a cat"
     prompt = gr.Textbox(default, label="Prompt", max_length=MAX_PROMPT, lines=1, elem_id="compare-prompt")
     with gr.Row():
         go = gr.Button("Draw both", variant="primary", scale=1, min_width=110, elem_id="compare-go")
         stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="compare-stop")
-    told = gr.HTML(status("Ready."), elem_id="compare-status")
+    status_box = gr.HTML(status("Ready."), elem_id="compare-status")
     with gr.Row():
         with gr.Column(scale=2, min_width=280, elem_classes="va-controls"):
             left = _side_controls(page, "Left", BASE)
-            right = _side_controls(page, "Right", next(iter(shop.offered), BASE))
-            chosen = gr.CheckboxGroup(list(shop.specs), value=list(shop.specs)[:2], label="Rewards shown")
+            right = _side_controls(page, "Right", next(iter(session.offered), BASE))
+            chosen = gr.CheckboxGroup(list(session.specs), value=list(session.specs)[:2], label="Rewards shown")
             boxes = gr.Checkbox(True, label="Show what the judge reads", visible=page.settings.shapes)
             with gr.Accordion("Settings", open=False):
                 seed = gr.Number(0, label="Seed, same on both sides", precision=0, minimum=0)
                 count = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures a side")
-                steps = gr.Slider(1, MOST_STEPS, shop.own_steps, step=1, label="Steps")
-                start = shop.own_guidance if shop.own_guidance is not None else 5.0
-                guidance = gr.Slider(1, 15, start, step=0.5, label="Guidance", visible=shop.guided)
+                steps = gr.Slider(1, MOST_STEPS, session.own_steps, step=1, label="Steps")
+                start = session.own_guidance if session.own_guidance is not None else 5.0
+                guidance = gr.Slider(1, 15, start, step=0.5, label="Guidance", visible=session.guided)
                 budget = gr.Slider(10, MOST_BUDGET, 100, step=10, label="Denoiser calls of a search, a picture")
-                sought = gr.Dropdown(list(shop.specs), label="What a search is for")
+                sought = gr.Dropdown(list(session.specs), label="What a search is for")
         with gr.Column(scale=3, min_width=320):
-            shown = gr.HTML(elem_id="compare-pictures")
+            pictures_box = gr.HTML(elem_id="compare-pictures")
             chart = gr.HTML(elem_id="compare-rewards")
             with gr.Accordion("Slide one over the other", open=False):
                 slider = gr.ImageSlider(label="First pair", format="png", interactive=False, max_height=420)
@@ -85,58 +95,68 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
     latest = gr.State(None, time_to_live=6 * 3600)
 
     def draw(job: Job, *values: Any) -> Iterator[Updates]:
-        said, seed, count, steps, guidance, budget, sought, names, with_boxes, *sides = values
-        asked = Asked(said or "", int(seed or 0), int(count), int(steps), guidance if shop.guided else None)
+        words, seed, count, steps, guidance, budget, sought, names, with_boxes, *sides = values
+        request = DrawRequest(words or "", int(seed or 0), int(count), int(steps), guidance if session.guided else None)
         both = tuple(_side(sides[3 * k : 3 * k + 3], int(budget), sought) for k in (0, 1))
-        made = Comparison(asked, both)  # type: ignore[arg-type]
+        made = Comparison(request, both)  # type: ignore[arg-type]
         yield {picture_file: gr.update(visible=False), notes_file: gr.update(visible=False)}
         for k, name in enumerate(("left", "right")):
             try:
-                for report in (drawing := _Following(job, shop, both[k], asked)):
-                    yield {told: status(f"{name}: {report.words}", report.share, busy=True)}
+                for report in (drawing := _Following(job, session, both[k], request)):
+                    yield {status_box: status(f"{name}: {report.words}", report.share, busy=True)}
             except Stopped:
                 break
             made.images.append(drawing.result)
-            yield {shown: pictures_html(page, made, with_boxes)}
+            yield {pictures_box: pictures_html(page, made, with_boxes)}
         if not made.images:
             raise Stopped
         stopped, scoring = job.halt.is_set(), Job()  # what was drawn is scored even so
         for images in made.images:
-            made.readings.append(shop.score(names, images, asked.prompt, scoring))
+            made.readings.append(session.score(names, images, request.prompt, scoring))
         yield {
-            shown: pictures_html(page, made, with_boxes),
+            pictures_box: pictures_html(page, made, with_boxes),
             chart: rewards_html(page, made),
             slider: _for_slider(made),
             latest: made,
-            told: status("Stopped; this is what was found." if stopped else "Done."),
+            status_box: status("Stopped; this is what was found." if stopped else "Done."),
         }
 
     def redraw(_session: str, made: Comparison | None, with_boxes: bool) -> Updates:
-        return {shown: pictures_html(page, made, with_boxes) if made else ""}
+        return {pictures_box: pictures_html(page, made, with_boxes) if made else ""}
 
     def write(_session: str, made: Comparison | None) -> Updates:
         if made is None or len(made.images) < 2:
             raise ValueError("there is no whole comparison to save yet: press Draw both first")
         sheet, notes, *_ = save_comparison(page.settings.out, made.pictures(0), made.pictures(1), made.facts)
         return {
-            told: status(f"Saved in {sheet.parent}."),
+            status_box: status(f"Saved in {sheet.parent}."),
             picture_file: gr.update(value=to_download(sheet), visible=True),
             notes_file: gr.update(value=to_download(notes), visible=True),
         }
 
     inputs = [prompt, seed, count, steps, guidance, budget, sought, chosen, boxes, *left, *right]
-    outputs = [shown, chart, slider, latest, picture_file, notes_file]
+    outputs = [pictures_box, chart, slider, latest, picture_file, notes_file]
     triggers = [go.click, prompt.submit, blocks.load]
-    work(page, "compare", draw, triggers=triggers, inputs=inputs, outputs=outputs, go=go, stop=stop, told=told)
-    boxes.change(guarded(redraw, told), [latest, boxes], [shown, told], **HIDDEN)
-    save.click(guarded(write, told), [latest], [picture_file, notes_file, told], **HIDDEN)
+    work(
+        page,
+        "compare",
+        draw,
+        triggers=triggers,
+        inputs=inputs,
+        outputs=outputs,
+        go=go,
+        stop=stop,
+        status_box=status_box,
+    )
+    boxes.change(guarded(redraw, status_box), [latest, boxes], [pictures_box, status_box], **HIDDEN)
+    save.click(guarded(write, status_box), [latest], [picture_file, notes_file, status_box], **HIDDEN)
 
 
 class _Following:
     """The reports of a side being drawn; then `result` holds its pictures (N, 3, H, W)."""
 
-    def __init__(self, job: Job, shop: Any, side: Side, asked: Asked) -> None:
-        self._make = lambda: follow(job, lambda: shop.draw(side, asked, job))
+    def __init__(self, job: Job, session: Any, side: Side, request: DrawRequest) -> None:
+        self._make = lambda: follow(job, lambda: session.draw(side, request, job))
         self.result: Any = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -145,7 +165,7 @@ class _Following:
 
 def _side_controls(page: Page, name: str, variant: str) -> list[Any]:
     """How a side is made: weights, their strength, a search."""
-    names = page.workshop.variant_names
+    names = page.session.variant_names
     with gr.Group():
         weights = gr.Dropdown(names, value=variant, label=f"{name}: weights", visible=len(names) > 1)
         strength = gr.Slider(0, 1, 1.0, step=0.05, label=f"{name}: strength", visible=variant != BASE)
@@ -195,9 +215,9 @@ def rewards_html(page: Page, made: Comparison) -> str:
     names = list(made.readings[0])
     if not names:
         return note("No reward is chosen.")
-    ranges = {name: page.workshop.reward(name).range for name in names}
+    ranges = {name: page.session.reward(name).range for name in names}
     chart = bars({name: (made.readings[0][name], made.readings[1][name]) for name in names}, ranges)
-    more = [details(found, f"{side}: criteria and reasons") for side, found in zip(("Left", "Right"), made.readings)]
+    more = [details(values, f"{side}: criteria and reasons") for side, values in zip(("Left", "Right"), made.readings)]
     mean = note(f"Means over {made.asked.count} seeds.") if made.asked.count > 1 else ""
     return chart + mean + "".join(more)
 

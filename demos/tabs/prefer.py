@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from visalign.data.votes import Pair, VoteStore, zipped
-from visalign.demos.asked import BASE, PLAIN, SEARCHES, Asked, Side
 from visalign.demos.files import new_folder, to_download
 from visalign.demos.jobs import Job, follow
 from visalign.demos.markup import figure, note, status, table
 from visalign.demos.page import HIDDEN, Page, Updates, guarded, work
+from visalign.demos.requests import BASE, PLAIN, SEARCHES, DrawRequest, Side
 from visalign.demos.settings import MAX_PROMPT
 from visalign.images import images_to_pil
 from visalign.statistics.bradley_terry import agreement, bradley_terry
@@ -41,8 +41,8 @@ document.addEventListener("keydown", (event) => {
 
 def prefer_tab(page: Page, opened: gr.Tab) -> None:
     """Build the tab. Votes go to the folder `votes` of the output folder."""
-    shop, store = page.workshop, VoteStore(page.settings.out / "votes")
-    ways = [*shop.variant_names, *SEARCHES]
+    session, store = page.session, VoteStore(page.settings.out / "votes")
+    ways = [*session.variant_names, *SEARCHES]
     gr.HTML(note("Which picture fits the prompt better? Press A, B, T or X, or a button. Each vote is kept at once."))
     with gr.Accordion("Who draws, and which prompts", open=False):
         with gr.Row():
@@ -54,8 +54,8 @@ def prefer_tab(page: Page, opened: gr.Tab) -> None:
     with gr.Row():
         go = gr.Button("Next pair", variant="primary", elem_id="prefer-go", min_width=110)
         stop = gr.Button("Stop", interactive=False, elem_id="prefer-stop", min_width=80)
-    told = gr.HTML(status("Press Next pair to begin."), elem_id="prefer-status")
-    shown = gr.HTML(elem_id="prefer-pictures")
+    status_box = gr.HTML(status("Press Next pair to begin."), elem_id="prefer-status")
+    pictures_html = gr.HTML(elem_id="prefer-pictures")
     with gr.Row():
         buttons = {
             name: gr.Button(words, elem_id=f"vote-{name}", interactive=False, min_width=120)
@@ -70,9 +70,9 @@ def prefer_tab(page: Page, opened: gr.Tab) -> None:
 
     def draw(job: Job, _voted_on: Pair | None, one: str, other: str, lines: str, blind: bool) -> Iterator[Updates]:
         yield {pair: None}
-        made = yield from _draw_pair(page, job, (one, other), lines, blind, told)
+        made = yield from _draw_pair(page, job, (one, other), lines, blind, status_box)
         ready = {button: gr.update(interactive=True) for button in buttons.values()}
-        yield {pair: made, shown: _pair_html(made, blind), told: status("Which one?"), **ready}
+        yield {pair: made, pictures_html: _pair_html(made, blind), status_box: status("Which one?"), **ready}
 
     def vote(name: str) -> Any:
         def keep(made: Pair | None, *_settings: Any) -> Updates:
@@ -89,17 +89,17 @@ def prefer_tab(page: Page, opened: gr.Tab) -> None:
     def hand_out(_session: str) -> Updates:
         folder = store.export(new_folder(page.settings.out / "exports") / "preferences")
         words = status(f"{len(store.rows())} votes are in {folder}; datasets.load_dataset('imagefolder') reads it.")
-        return {told: words, download: gr.update(value=to_download(zipped(folder)), visible=True)}
+        return {status_box: words, download: gr.update(value=to_download(zipped(folder)), visible=True)}
 
-    inputs, outputs = [pair, first, second, prompts, blind], [shown, pair, results, *buttons.values()]
-    shared: dict[str, Any] = dict(inputs=inputs, outputs=outputs, go=go, stop=stop, told=told)
+    inputs, outputs = [pair, first, second, prompts, blind], [pictures_html, pair, results, *buttons.values()]
+    shared: dict[str, Any] = dict(inputs=inputs, outputs=outputs, go=go, stop=stop, status_box=status_box)
     shared["freeze"] = list(buttons.values())
     work(page, "prefer", draw, triggers=[go.click], **shared)
     for name, button in buttons.items():  # a vote is kept whoever is at work
         work(page, "prefer", draw, triggers=[button.click], before=vote(name), listen=False, **shared)
     for event in (opened.select, refresh.click):
-        event(guarded(board, told), None, [results, told], **HIDDEN)
-    export.click(guarded(hand_out, told), None, [download, told], **HIDDEN)
+        event(guarded(board, status_box), None, [results, status_box], **HIDDEN)
+    export.click(guarded(hand_out, status_box), None, [download, status_box], **HIDDEN)
 
 
 def _prompts(page: Page) -> list[str]:
@@ -109,41 +109,43 @@ def _prompts(page: Page) -> list[str]:
 
 
 def _draw_pair(
-    page: Page, job: Job, ways: Sequence[str], lines: str, blind: bool, told: Any
+    page: Page, job: Job, ways: Sequence[str], lines: str, blind: bool, status_box: Any
 ) -> Generator[Updates, None, Pair]:
-    """Updates of `told` while two pictures of one prompt and seed are drawn; returns the pair, sides at random."""
+    """Updates while two pictures of one prompt and seed are drawn; returns the pair, sides at random."""
     prompts = [line.strip() for line in (lines or "").splitlines() if line.strip()]
     if not prompts:
         raise ValueError("prompts: got none, expected at least one line")
     if max(map(len, prompts)) > MAX_PROMPT:
         raise ValueError(f"prompts: got one of {max(map(len, prompts))} characters, expected at most {MAX_PROMPT}")
-    shop, chance = page.workshop, random.SystemRandom()
+    session, chance = page.session, random.SystemRandom()
     prompt, swapped = chance.choice(prompts), chance.random() < 0.5
-    shown = [_side(page, way) for way in (reversed(ways) if swapped else ways)]
+    sides = [_side(page, way) for way in (reversed(ways) if swapped else ways)]
     seed = chance.randrange(2**31)
-    seeds = (seed, seed if shown[0] != shown[1] else chance.randrange(2**31))
+    seeds = (seed, seed if sides[0] != sides[1] else chance.randrange(2**31))
     images, rewards = [], []
-    for side, own in zip(shown, seeds):
-        asked = Asked(prompt, own, 1, shop.own_steps, shop.own_guidance)
-        drawing = follow(job, lambda side=side, asked=asked: shop.draw(side, asked, job))  # type: ignore[misc]
+    for side, own in zip(sides, seeds):
+        request = DrawRequest(prompt, own, 1, session.own_steps, session.own_guidance)
+        drawing = follow(job, lambda side=side, request=request: session.draw(side, request, job))  # type: ignore[misc]
         try:
             while True:
                 report = next(drawing)
-                yield {told: status("Drawing the next pair.", report.share, busy=True)}  # says not which one searches
+                yield {
+                    status_box: status("Drawing the next pair.", report.share, busy=True)
+                }  # says not which one searches
         except StopIteration as done:
             images.append(done.value)
-        found = shop.score(list(shop.specs), images[-1], prompt, job)
-        rewards.append({name: r[0].score for name, r in found.items() if r[0].score is not None})
+        readings = session.score(list(session.specs), images[-1], prompt, job)
+        rewards.append({name: r[0].score for name, r in readings.items() if r[0].score is not None})
     pictures = tuple(images_to_pil(image)[0] for image in images)
-    models = tuple(side.name for side in shown)
+    models = tuple(side.name for side in sides)
     return Pair(secrets.token_hex(8), prompt, pictures, seeds, models, tuple(rewards), swapped, blind)  # type: ignore
 
 
 def _side(page: Page, way: str) -> Side:
     if way in SEARCHES:
-        return replace(Side(search=way), reward=next(iter(page.workshop.specs)), budget=60)
-    if way not in page.workshop.variant_names:
-        raise ValueError(f"drawn by: got {way!r}, expected one of {[*page.workshop.variant_names, *SEARCHES]}")
+        return replace(Side(search=way), reward=next(iter(page.session.specs)), budget=60)
+    if way not in page.session.variant_names:
+        raise ValueError(f"drawn by: got {way!r}, expected one of {[*page.session.variant_names, *SEARCHES]}")
     return Side(variant=way, search=PLAIN)
 
 
@@ -172,10 +174,15 @@ def results_html(rows: Sequence[dict[str, Any]]) -> str:
     names = sorted({row[f"model_{k}"] for row in rows for k in (0, 1)})
     games = [row for row in rows if row["model_0"] != row["model_1"]]
     left, right = ([names.index(row[f"model_{k}"]) for row in games] for k in (0, 1))
-    found = bradley_terry(left, right, [row["label_0"] for row in games], len(names))
-    order = sorted(range(len(names)), key=lambda k: -found.values[k])
+    strengths = bradley_terry(left, right, [row["label_0"] for row in games], len(names))
+    order = sorted(range(len(names)), key=lambda k: -strengths.values[k])
     lines = [
-        (names[k], f"{found.values[k]:+.2f}", f"{found.low[k]:+.2f} to {found.high[k]:+.2f}", found.games[k])
+        (
+            names[k],
+            f"{strengths.values[k]:+.2f}",
+            f"{strengths.low[k]:+.2f} to {strengths.high[k]:+.2f}",
+            strengths.games[k],
+        )
         for k in order
     ]
     head = ("model", "strength", "95 % interval", "votes")

@@ -42,8 +42,8 @@ def runs_tab(page: Page, opened: gr.Tab) -> None:
         again = gr.Button("Look again", scale=1, min_width=110, elem_id="runs-again")
         follow = gr.Checkbox(False, label="Follow a run under way", scale=1, min_width=150, elem_id="runs-follow")
     plots = gr.CheckboxGroup(list(CURVES), value=list(SHOWN), label="Curves")
-    told = gr.HTML(status("" if names else f"There are no runs in {root} yet."), elem_id="runs-status")
-    shown = gr.HTML(elem_id="runs-curves")
+    status_box = gr.HTML(status("" if names else f"There are no runs in {root} yet."), elem_id="runs-status")
+    plot_box = gr.HTML(elem_id="runs-curves")
     with gr.Row():
         whose = gr.Dropdown(names[:1], value=names[0] if names else None, label="Samples of")
         step = gr.Slider(0, 1, 0, step=1, label="Sample grid, from before to after", elem_id="runs-step")
@@ -55,14 +55,18 @@ def runs_tab(page: Page, opened: gr.Tab) -> None:
         known = run_names(root)
         wanted = [name for name in wanted or known[:1] if name in known]
         if not wanted:
-            return {chosen: gr.update(choices=known), told: status(f"There are no runs in {root} yet."), shown: ""}
+            return {
+                chosen: gr.update(choices=known),
+                status_box: status(f"There are no runs in {root} yet."),
+                plot_box: "",
+            }
         whose = whose if whose in wanted else wanted[0]
         folders = {name: run_folder(root, name) for name in wanted}
         return {
             chosen: gr.update(choices=known, value=wanted),
             whose_box: gr.update(choices=wanted, value=whose),
-            shown: runs_html(folders, plots),
-            told: status(f"{len(known)} runs in {root}."),
+            plot_box: runs_html(folders, plots),
+            status_box: status(f"{len(known)} runs in {root}."),
             seen: _stamp(root, wanted),
             **show_grid(_session, whose, at),
         }
@@ -73,21 +77,21 @@ def runs_tab(page: Page, opened: gr.Tab) -> None:
             return {grid: note("This run has no sample grids yet."), step: gr.update(maximum=1, value=0)}
         place = min(int(at), len(files) - 1)
         file, words = files[place], f"{files[place].stem} ({place + 1} of {len(files)})"
-        shown = figure(read_picture(file), f"Sample grid of {whose}: {words}", words, wide=True)
-        return {grid: shown, step: gr.update(maximum=max(len(files) - 1, 1), value=place)}
+        plot_box = figure(read_picture(file), f"Sample grid of {whose}: {words}", words, wide=True)
+        return {grid: plot_box, step: gr.update(maximum=max(len(files) - 1, 1), value=place)}
 
     def tick(session: str, stamp: Any, wanted: list[str], plots: list[str], whose: str | None, at: float) -> Updates:
         if not wanted or stamp == _stamp(root, wanted):
-            return {told: gr.skip()}
+            return {status_box: gr.skip()}
         return look(session, wanted, plots, whose, at)
 
     whose_box = whose
-    inputs, outputs = [chosen, plots, whose, step], [chosen, whose, shown, told, seen, grid, step]
+    inputs, outputs = [chosen, plots, whose, step], [chosen, whose, plot_box, status_box, seen, grid, step]
     for event in (opened.select, again.click, chosen.input, plots.input):
-        event(guarded(look, told), inputs, outputs, **HIDDEN)
+        event(guarded(look, status_box), inputs, outputs, **HIDDEN)
     for event in (step.release, whose.input):
-        event(guarded(show_grid, told), [whose, step], [grid, step, told], **HIDDEN)
-    timer.tick(guarded(tick, told), [seen, *inputs], outputs, **HIDDEN)
+        event(guarded(show_grid, status_box), [whose, step], [grid, step, status_box], **HIDDEN)
+    timer.tick(guarded(tick, status_box), [seen, *inputs], outputs, **HIDDEN)
     follow.change(lambda on: gr.Timer(FOLLOW, active=on), follow, timer, **HIDDEN)
 
 
@@ -100,7 +104,7 @@ def _stamp(root: Path, names: Sequence[str]) -> list[tuple[float, int]]:
 def runs_html(folders: dict[str, Path], plots: Sequence[str]) -> str:
     """Curves of all runs on common axes, what the hacking watch found in each, and each one's latest numbers."""
     metrics = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
-    shown = "".join(curves_html(plot, CURVES[plot], metrics) for plot in plots if plot in CURVES)
+    curves = "".join(curves_html(plot, CURVES[plot], metrics) for plot in plots if plot in CURVES)
     rows = []
     for name, lines in metrics.items():
         latest: dict[str, Any] = {}
@@ -109,16 +113,16 @@ def runs_html(folders: dict[str, Path], plots: Sequence[str]) -> str:
         numbers = [latest.get(key) for key in ("reward_mean", "eval_reward", "eval_gold_strict")]
         rows.append([name, latest.get("step", 0), *("–" if n is None else f"{n:.4f}" for n in numbers)])
     head = ("run", "step", "reward", "held-out reward", "held-out gold")
-    return f'<div class="va-plots">{shown}</div>' + table("Latest", head, rows, (1, 2, 3, 4)) + findings_html(metrics)
+    return f'<div class="va-plots">{curves}</div>' + table("Latest", head, rows, (1, 2, 3, 4)) + findings_html(metrics)
 
 
 def findings_html(metrics: dict[str, list[dict[str, Any]]]) -> str:
     """What the hacking watch found, run by run."""
     rows = [
-        (name, line["step"], said)
+        (name, line["step"], finding)
         for name, lines in metrics.items()
         for line in lines
-        for said in line.get("findings", [])
+        for finding in line.get("findings", [])
     ]
     if not rows:
         return note("The hacking watch found nothing.")

@@ -7,11 +7,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from visalign.demos.asked import Reading
 from visalign.demos.files import MOST_UPLOADS, SUFFIXES, decode_upload
 from visalign.demos.jobs import Job, follow
 from visalign.demos.markup import data_uri, details, note, status, text
 from visalign.demos.page import Page, Updates, work
+from visalign.demos.requests import Reading
 from visalign.demos.settings import MAX_PROMPT
 from visalign.rewards import make_reward
 
@@ -33,7 +33,7 @@ document.addEventListener("paste", (event) => {
 
 def score_tab(page: Page) -> None:
     """Build the tab."""
-    shop = page.workshop
+    session = page.session
     example = "Is there a red circle in the picture?\n2 | Is there exactly one red circle in the picture?"
     gr.HTML(note("PNG, JPEG or WebP, up to 10 MB each; or paste a picture here with Ctrl+V."))
     files = gr.File(
@@ -42,7 +42,7 @@ def score_tab(page: Page) -> None:
     prompt = gr.Textbox(
         "a red circle" if page.settings.shapes else "", label="Prompt", max_length=MAX_PROMPT, elem_id="score-prompt"
     )
-    chosen = gr.CheckboxGroup(list(shop.specs), value=list(shop.specs)[:2], label="Rewards")
+    chosen = gr.CheckboxGroup(list(session.specs), value=list(session.specs)[:2], label="Rewards")
     with gr.Accordion("A rubric of your own", open=False, visible=page.settings.judge_name is not None):
         gr.HTML(note("A statement or a yes/no question a line; a weight may stand before it: 2 | The circle is red."))
         rubric = gr.Textbox(
@@ -51,8 +51,8 @@ def score_tab(page: Page) -> None:
     with gr.Row():
         go = gr.Button("Score", variant="primary", elem_id="score-go", min_width=110)
         stop = gr.Button("Stop", interactive=False, elem_id="score-stop", min_width=80)
-    told = gr.HTML(status("Ready."), elem_id="score-status")
-    shown = gr.HTML(elem_id="score-results")
+    status_box = gr.HTML(status("Ready."), elem_id="score-status")
+    results_html = gr.HTML(elem_id="score-results")
 
     def run(job: Job, paths: Sequence[str] | None, prompt: str, names: list[str], rubric: str) -> Iterator[Updates]:
         pictures, refused = _decode(paths)
@@ -63,17 +63,17 @@ def score_tab(page: Page) -> None:
             raise ValueError("rewards: got none, expected at least one, or a rubric")
         readings: dict[str, list[Reading]] = {}
         for name in [*names, *([RUBRIC] if criteria else [])]:
-            yield {told: status(f"scoring by {name}", len(readings) / (len(names) + 1), busy=True)}
+            yield {status_box: status(f"scoring by {name}", len(readings) / (len(names) + 1), busy=True)}
 
             def one(name: str = name) -> list[Reading]:
-                reward = _rubric_reward(page, criteria) if name == RUBRIC else shop.reward(name)
-                return shop.score_pictures(reward, [picture for _, picture in pictures], prompt, job)
+                reward = _rubric_reward(page, criteria) if name == RUBRIC else session.reward(name)
+                return session.score_pictures(reward, [picture for _, picture in pictures], prompt, job)
 
             for _ in (following := _Result(follow(job, one))):
                 pass
             readings[name] = following.value
-            yield {shown: ranking_html(pictures, readings, refused)}
-        yield {told: status("Done.")}
+            yield {results_html: ranking_html(pictures, readings, refused)}
+        yield {status_box: status("Done.")}
 
     work(
         page,
@@ -81,10 +81,10 @@ def score_tab(page: Page) -> None:
         run,
         triggers=[go.click, prompt.submit],
         inputs=[files, prompt, chosen, rubric],
-        outputs=[shown],
+        outputs=[results_html],
         go=go,
         stop=stop,
-        told=told,
+        status_box=status_box,
     )
 
 
@@ -172,17 +172,19 @@ def ranking_html(
         image = (
             f'<img alt="{text(name)}" src="{data_uri(small)}" style="display:block;width:72px;height:auto;margin:0">'
         )
-        cells = "".join(_cell(found[n]) for found in readings.values())
+        cells = "".join(_cell(values[n]) for values in readings.values())
         rows += f'<tr><td class="n">{place}</td><td>{image}{text(name)}</td>{cells}</tr>'
     caption = f"Ranked by {next(iter(readings))}"
     inside = f'<caption>{text(caption)}</caption><thead><tr><th scope="col">rank</th><th scope="col">picture</th>'
-    shown = f'<div class="va-scroll"><table class="va">{inside}{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    problems = dict.fromkeys(r.problem for found in readings.values() for r in found if r.problem)
+    page = f'<div class="va-scroll"><table class="va">{inside}{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    problems = dict.fromkeys(r.problem for values in readings.values() for r in values if r.problem)
     for problem in (*refused, *problems):
-        shown += note(f"Not scored: {problem}")
+        page += note(f"Not scored: {problem}")
     for n in order:
-        shown += details({name: [found[n]] for name, found in readings.items()}, f"{pictures[n][0]}: criteria, reasons")
-    return shown
+        page += details(
+            {name: [values[n]] for name, values in readings.items()}, f"{pictures[n][0]}: criteria, reasons"
+        )
+    return page
 
 
 def _cell(reading: Reading) -> str:

@@ -62,8 +62,8 @@ class Viewer:
         rows = shown_leaves(tree, LEAVES)
         fresh = [leaf for leaf in rows if leaf not in self._leaves]
         if fresh:
-            found = leaf_images(self.chain, tree, fresh)
-            self._leaves |= {leaf: images_to_pil(image[None])[0] for leaf, image in found.items()}
+            leaves = leaf_images(self.chain, tree, fresh)
+            self._leaves |= {leaf: images_to_pil(image[None])[0] for leaf, image in leaves.items()}
         places, nodes, parts, edges = places_of(tree, rows), {}, "", ""
         columns, height = len(tree.rules.levels), len(rows) * ROW
         for node, (column, row) in sorted(places.items()):
@@ -77,13 +77,13 @@ class Viewer:
             nodes[str(node)] = (self._leaves[best], _words(tree, node, best))
             thumbnail = self._leaves[node] if tree.is_leaf(node) else None
             parts += _button(str(node), f"{tree.value[node]:.3f}", thumbnail, x, y)
-        said = note(
+        summary = note(
             f"{tree.scored_leaves} results; the best {len(rows)}, and the way to each from the noise at the left."
         )
         box = f'viewBox="0 0 100 {height}" preserveAspectRatio="none" aria-hidden="true"'
         size = f"min-width:{columns * COLUMN}px;height:{height}px"
         frame = f'<div class="va-tree" style="{size}"><svg {box}>{edges}</svg>{parts}</div>'
-        return View(f'{said}<div class="va-scroll va-leaves-first">{frame}</div>', nodes)
+        return View(f'{summary}<div class="va-scroll va-leaves-first">{frame}</div>', nodes)
 
     def _pictures(self, event: Event) -> View:
         assert self.chain.images is not None

@@ -58,10 +58,10 @@ def adversarial_patches(
     for step in range(steps + 1):
         pictures.requires_grad_()
         scores = as_output(reward(pictures, prompts, context), reward.name, prompts).scores
-        found = scores.detach().cpu()
-        better = found > best_scores
+        current = scores.detach().cpu()
+        better = current > best_scores
         best[better.to(best.device)] = pictures.detach()[better.to(best.device)]
-        best_scores = torch.where(better, found, best_scores)
+        best_scores = torch.where(better, current, best_scores)
         if step < steps:
             (gradient,) = torch.autograd.grad(scores.sum(), pictures)
             pictures = (pictures.detach() + rate * gradient.sign() * mask).clamp(0, 1)

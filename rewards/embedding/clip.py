@@ -124,13 +124,13 @@ def calibration(scale: float | None, midpoint: float | None, model: str) -> tupl
         stored = json.loads(file.read_text(encoding="utf-8")).get("match", {}) if file.is_file() else {}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"model: could not read {str(file)!r} as a JSON object: {error}") from error
-    found: dict[str, Any] = {"scale": stored.get("scale") if scale is None else scale}
-    found["midpoint"] = stored.get("midpoint") if midpoint is None else midpoint
-    for name, value in found.items():
+    values: dict[str, Any] = {"scale": stored.get("scale") if scale is None else scale}
+    values["midpoint"] = stored.get("midpoint") if midpoint is None else midpoint
+    for name, value in values.items():
         if value is None:
             raise ValueError(f"{name}: got None for model {model!r}, which brings none, expected a number")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name}: got {value!r} (from {str(file)!r} where it was not given), expected a number")
         if not math.isfinite(value) or name == "scale" and value <= 0:
             raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' * (name == 'scale')}")
-    return float(found["scale"]), float(found["midpoint"])
+    return float(values["scale"]), float(values["midpoint"])

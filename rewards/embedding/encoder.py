@@ -239,19 +239,19 @@ def _weights_file(model: str, pretrained: str, cfg: dict[str, Any], download: bo
         return Path(open_clip.download_pretrained(cfg))
     if cfg.get("hf_hub"):
         repo = os.path.dirname(cfg["hf_hub"])
-        found = _cached(
+        cached = _cached(
             repo, [os.path.basename(cfg["hf_hub"]), "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         )
     else:
         repo = cfg["url"]
         target = Path("~/.cache/clip").expanduser() / os.path.basename(repo)
-        found = target if target.is_file() else None
-    if found is None:
+        cached = target if target.is_file() else None
+    if cached is None:
         raise ValueError(
             f"pretrained: got {pretrained!r} for {model!r}, whose weights ({repo}) are not in the local cache; "
             "pass download=True, or a folder or file that has them"
         )
-    return found
+    return cached
 
 
 def _cached(repo: str, names: Sequence[str]) -> Path | None:
@@ -270,6 +270,6 @@ def _hub_folder(repo: str, download: bool) -> Path:
     except Exception as error:
         advice = "" if download else "; pass download=True to fetch it"
         raise ValueError(f"model: could not find 'hf-hub:{repo}' in the local cache{advice}") from error
-    found = clip_folder(f"local-dir:{folder}")
-    assert found is not None
-    return found
+    cached = clip_folder(f"local-dir:{folder}")
+    assert cached is not None
+    return cached

@@ -33,10 +33,10 @@ def check_checkpoint(argument: str, model: str, download: bool = False, file: st
 def hub_file(argument: str, path: str | Path | None, repo: str, name: str, download: bool = False) -> Path:
     """`path` if given, else the file `name` of a hub repository, from the cache or, if allowed, by downloading it."""
     if path is not None:
-        found = Path(path).expanduser()
-        if not found.is_file():
-            raise ValueError(f"{argument}: got no file at {str(found)!r}, expected {name} of {repo}")
-        return found
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ValueError(f"{argument}: got no file at {str(file)!r}, expected {name} of {repo}")
+        return file
     if download:
         from huggingface_hub import hf_hub_download
 
@@ -131,8 +131,8 @@ class ReferenceEmbeddings:
             # Not under inference_mode: these embeddings may later take part in a backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 self._known.update(zip(same, self._embed(batch)))
-        found = [self._known.pop(key) for key in dict.fromkeys(keys)]
-        self._known.update(zip(dict.fromkeys(keys), found))  # to the end of the line
+        rows = [self._known.pop(key) for key in dict.fromkeys(keys)]
+        self._known.update(zip(dict.fromkeys(keys), rows))  # to the end of the line
         embeddings = torch.stack([self._known[key].to(device) for key in keys])
         for key in list(self._known)[: max(0, len(self._known) - self._limit)]:
             del self._known[key]

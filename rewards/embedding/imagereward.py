@@ -46,10 +46,10 @@ def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         if key.startswith("blip.visual_encoder."):
             name = key.removeprefix("blip.visual_encoder.")
-            found = [re.sub("^" + old, new, name) for old, new in VISION_NAMES if re.match(old, name)]
-            if not found:
+            renamed = [re.sub("^" + old, new, name) for old, new in VISION_NAMES if re.match(old, name)]
+            if not renamed:
                 raise ValueError(f"weights: got an unknown key {key!r}")
-            converted[f"vision.{found[0]}"] = value
+            converted[f"vision.{renamed[0]}"] = value
         elif key.startswith("blip.text_encoder."):
             if not key.endswith("position_ids"):
                 converted[key.replace("blip.text_encoder.", "text.", 1)] = value
@@ -86,9 +86,9 @@ def build_model(weights: Mapping[str, Tensor], text_config: Mapping[str, Any]) -
         layer_norm_eps=1e-6,
     )
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    kept = {key: text_config[key] for key in (*sizes, "max_position_embeddings", "hidden_act", "layer_norm_eps")}
+    sizes_given = {key: text_config[key] for key in (*sizes, "max_position_embeddings", "hidden_act", "layer_norm_eps")}
     # is_decoder makes the layers that look at the picture; the text is read in both directions all the same.
-    config = BlipTextConfig(**kept, encoder_hidden_size=width, is_decoder=True, pad_token_id=0)
+    config = BlipTextConfig(**sizes_given, encoder_hidden_size=width, is_decoder=True, pad_token_id=0)
     model = nn.ModuleDict(
         {
             "vision": BlipVisionModel(vision_config),

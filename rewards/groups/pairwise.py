@@ -67,8 +67,8 @@ def ask_both(
     """The judge's verdicts on N pairs, each asked in both orders, in one call of 2N pairs."""
     n = len(prompts)
     doubled = None if context is None else take_context(context, [*range(n), *range(n)], n)
-    asked = judge(torch.cat([first, second]), torch.cat([second, first]), [*prompts, *prompts], doubled)
-    forward, backward = as_scores(asked, name, [*prompts, *prompts]).detach().cpu().split(n)
+    answers = judge(torch.cat([first, second]), torch.cat([second, first]), [*prompts, *prompts], doubled)
+    forward, backward = as_scores(answers, name, [*prompts, *prompts]).detach().cpu().split(n)
     return Verdicts(forward, backward)
 
 

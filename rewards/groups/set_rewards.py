@@ -151,7 +151,7 @@ class NegFrechetReward(_SetReward):
         check_images(images)
         exemplars = self._stored
         if exemplars is None:
-            pictures = [picture for some in (context or {}).get("references", ()) for picture in some]
+            pictures = [picture for references_of in (context or {}).get("references", ()) for picture in references_of]
             if len(pictures) < 2:
                 raise RewardError(self.name, f"got {len(pictures)} references, expected at least 2")
             exemplars = self._moments([picture.to(images.device) for picture in pictures])

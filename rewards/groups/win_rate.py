@@ -47,13 +47,13 @@ def make_judge(judge: "str | Mapping[str, Any] | Callable") -> PairJudge:
     spec: one with a method `compare(first, second, prompts, context)` judges by that, any other pointwise one by the
     difference of its scores as log-odds.
     """
-    found = _imported(judge) if isinstance(judge, (str, Mapping)) else judge
-    compare = getattr(found, "compare", None)
+    loaded = _imported(judge) if isinstance(judge, (str, Mapping)) else judge
+    compare = getattr(loaded, "compare", None)
     if compare is not None:
         return compare
-    if next(iter(inspect.signature(found).parameters), None) == "first":
-        return found
-    reward = as_reward(found)
+    if next(iter(inspect.signature(loaded).parameters), None) == "first":
+        return loaded
+    reward = as_reward(loaded)
     if reward.kind != "pointwise":
         raise ValueError(
             f"judge: got the {reward.kind} reward {reward.name!r}, expected one of pairs or a pointwise one"
@@ -81,10 +81,10 @@ def _imported(judge: str | Mapping[str, Any]) -> Any:
     """What a spec names: of a file or module the attribute itself (an instance, if it is a class), else the reward."""
     terms = parse_spec(judge)
     if len(terms) == 1 and ":" in terms[0].name:
-        found = load_location("judge", terms[0].name)
-        found = found(**terms[0].options) if isinstance(found, type) else found
-        if hasattr(found, "compare") or next(iter(inspect.signature(found).parameters), None) == "first":
-            return found
+        loaded = load_location("judge", terms[0].name)
+        loaded = loaded(**terms[0].options) if isinstance(loaded, type) else loaded
+        if hasattr(loaded, "compare") or next(iter(inspect.signature(loaded).parameters), None) == "first":
+            return loaded
     return make_reward(judge)
 
 
@@ -157,12 +157,12 @@ class WinRate:
         check_prompts(images, prompts)
         pool, pairs = self._pairs(images, prompts, context or {})
         scores = self._scores(pool, pairs, prompts, context) if isinstance(self.judge, ScoreJudge) else None
-        asked = [
+        verdicts = [
             self._ask(pool, pairs[k : k + self.batch_size], prompts, context, scores)
             for k in range(0, len(pairs), self.batch_size)
         ]
         outcomes, known, consistent, bias = (
-            (torch.cat(column) for column in zip(*asked)) if asked else [torch.ones(0)] * 4
+            (torch.cat(column) for column in zip(*verdicts)) if verdicts else [torch.ones(0)] * 4
         )
         if self.strength == "win_rate":
             scores = win_rates(pairs, outcomes, len(pool))
@@ -250,9 +250,9 @@ class WinRate:
 def _means(pairs: Sequence[tuple[int, int]], values: Tensor, size: int) -> Tensor:
     """Mean of the pairs' values over each member's pairs, NaN left out, (size,); NaN where nothing is left."""
     ends = torch.cat(pair_ends(pairs))
-    kept = ~values.isnan()
-    sums = torch.zeros(size).index_add_(0, ends, torch.where(kept, values, 0.0).repeat(2))
-    return sums / torch.zeros(size).index_add_(0, ends, kept.float().repeat(2))
+    known = ~values.isnan()
+    sums = torch.zeros(size).index_add_(0, ends, torch.where(known, values, 0.0).repeat(2))
+    return sums / torch.zeros(size).index_add_(0, ends, known.float().repeat(2))
 
 
 def _check(opponents: int | None, references: bool, outcome: str, strength: str, batch_size: int) -> None:

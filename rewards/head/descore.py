@@ -119,8 +119,8 @@ class DeScoreReward:
         fps = float((context or {}).get("fps", self.fps))
         thoughts, problems = self._think(images, prompts)
         scores = [
-            None if problem else self._score(video, told, thought, fps, n)
-            for n, (video, told, thought, problem) in enumerate(zip(images, prompts, thoughts, problems))
+            None if problem else self._score(video, prompt, thought, fps, n)
+            for n, (video, prompt, thought, problem) in enumerate(zip(images, prompts, thoughts, problems))
         ]
         rationale = [problem or thought for thought, problem in zip(thoughts, problems)]
         return RewardOutput(column(scores), {}, rationale, torch.tensor([score is not None for score in scores]))
@@ -128,9 +128,9 @@ class DeScoreReward:
     def _think(self, videos: Tensor, prompts: Sequence[str]) -> tuple[list[str], list[str | None]]:
         if self.thinker is None:
             return [""] * len(prompts), [None] * len(prompts)
-        asked = [[Message("user", fill(self.template, told, (video,)))] for video, told in zip(videos, prompts)]
+        chats = [[Message("user", fill(self.template, prompt, (video,)))] for video, prompt in zip(videos, prompts)]
         sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
-        answers = ask(self.thinker, asked, lambda reply: reply.text, retries=0, **sampling)  # type: ignore[arg-type]
+        answers = ask(self.thinker, chats, lambda reply: reply.text, retries=0, **sampling)  # type: ignore[arg-type]
         return [answer.value or "" for answer in answers], [answer.problem for answer in answers]
 
     @torch.no_grad()

@@ -102,12 +102,12 @@ class EditRewardReward:
         check_images(images)
         check_prompts(images, prompts)
         sources = source_images(context, len(images), self.name)
-        asked = [
-            [Message("user", fill(template, told, (source, edit)))]
+        conversations = [
+            [Message("user", fill(template, prompt, (source, edit)))]
             for template in self._templates.values()
-            for source, edit, told in zip(sources, images, prompts)
+            for source, edit, prompt in zip(sources, images, prompts)
         ]
-        hidden = self.vlm.at_token(asked, self.name).view(2, len(images), -1)
+        hidden = self.vlm.at_token(conversations, self.name).view(2, len(images), -1)
         outputs = torch.stack([head(h) for head, h in zip(self.heads.to(hidden.device), hidden)])
         mean, log_std = pool_heads(outputs, self.pooling).unbind(dim=-1)
         return RewardOutput(mean, dict(zip(DIMENSIONS, outputs[..., 0])), uncertainty=log_std.exp())

@@ -99,7 +99,7 @@ class HPSv3Reward:
         """images: (N, 3, H, W) in [0, 1]; prompts: N strings. Scores and uncertainty (N,), float32."""
         check_images(images)
         check_prompts(images, prompts)
-        asked = [[Message("user", fill(self.template, told, (image,)))] for image, told in zip(images, prompts)]
-        hidden = self.vlm.at_token(asked, self.name)
+        chats = [[Message("user", fill(self.template, prompt, (image,)))] for image, prompt in zip(images, prompts)]
+        hidden = self.vlm.at_token(chats, self.name)
         mean, log_std = self.head.to(hidden.device)(hidden).unbind(dim=-1)
         return RewardOutput(mean, uncertainty=log_std.exp())

@@ -34,14 +34,14 @@ CELL_TAG = re.compile(r"""[."”']\s+(?:\[[^\]]*\]|[A-Z][A-Za-z0-9 _-]*)\s*:""")
 
 def grid_of(prompt: str) -> tuple[int, int]:
     """Rows and columns: the first "2x3" (or "2 ⨉ 3") in the prompt; (1, 1) without one."""
-    found = GRID.search(prompt)
-    return (int(found[1]), int(found[2])) if found else (1, 1)
+    match = GRID.search(prompt)
+    return (int(match[1]), int(match[2])) if match else (1, 1)
 
 
 def main_prompt(prompt: str) -> str:
     """What all cells have in common: the prompt up to the sentence end before the first tag of a cell ("Cell 1:")."""
-    found = CELL_TAG.search(prompt)
-    return prompt[: found.start() + 1] if found else prompt
+    match = CELL_TAG.search(prompt)
+    return prompt[: match.start() + 1] if match else prompt
 
 
 def cells(picture: Tensor, rows: int, columns: int) -> list[Tensor]:
@@ -218,9 +218,9 @@ class PacoEdit:
             for text in (self.preserved, self.followed)
         ]
         answers: Answers = self.judge(questions)
-        kept, done = answers.probability.view(-1, 2).unbind(dim=1)
-        criteria = {"preserved": kept.detach(), "followed": done.detach()}
-        return RewardOutput((kept * done).sqrt(), criteria, valid=answers.valid.view(-1, 2).all(dim=1))
+        consistent, done = answers.probability.view(-1, 2).unbind(dim=1)
+        criteria = {"preserved": consistent.detach(), "followed": done.detach()}
+        return RewardOutput((consistent * done).sqrt(), criteria, valid=answers.valid.view(-1, 2).all(dim=1))
 
 
 def _weighted(owners: Sequence[tuple[int, float]], values: Tensor, count: int) -> Tensor:

@@ -86,12 +86,12 @@ class PromptEcho:
         return scores
 
     def _likelihood(self, turns: Sequence[tuple[Tensor | str, ...]], prompts: Sequence[str]) -> Tensor:
-        asked = [self.vlm.prompt([Message("user", turn)]) for turn in turns]
-        labels = [self.vlm.continuation(p.text[-64:], fill_in(self.label, c)) for p, c in zip(asked, prompts)]
+        asked_prompts = [self.vlm.prompt([Message("user", turn)]) for turn in turns]
+        labels = [self.vlm.continuation(p.text[-64:], fill_in(self.label, c)) for p, c in zip(asked_prompts, prompts)]
         if self.end_of_turn:
             labels = [[*label, self.vlm.tokenizer.eos_token_id] for label in labels]
         if not all(labels):
             raise ValueError(f"prompts: got an empty one at {[len(x) for x in labels].index(0)}, expected some words")
-        sums = token_log_probs(self.vlm, asked, labels).sum(dim=1)
+        sums = token_log_probs(self.vlm, asked_prompts, labels).sum(dim=1)
         lengths = torch.tensor([len(label) for label in labels], device=sums.device)
         return sums if self.reduction == "sum" else sums / lengths

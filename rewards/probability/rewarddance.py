@@ -110,11 +110,11 @@ class RewardDance:
         candidates = images.unbind()
         owner = [n for n, own in enumerate(given) for _ in own]
         references = [reference.detach().to(images.device) for own in given for reference in own]
-        asked, words = [candidates[n] for n in owner], [prompts[n] for n in owner]
-        forward = self.better(references, asked, words)
+        pictures, words = [candidates[n] for n in owner], [prompts[n] for n in owner]
+        forward = self.better(references, pictures, words)
         values, valid, criteria = chosen(forward, self.output), forward.valid, {}
         if self.swap:
-            backward = self.better(asked, references, words)
+            backward = self.better(pictures, references, words)
             mirrored = chosen(backward, self.output)
             values = (values + (1 - mirrored if self.output == "probability" else -mirrored)) / 2
             valid = valid & backward.valid
@@ -137,10 +137,10 @@ def pick_references(reward: RewardDance, candidates: Tensor, prompt: str, top: i
     if pairs:
         pictures = candidates.detach().unbind()
         with torch.no_grad():
-            said = reward.better(
+            output = reward.better(
                 [pictures[i] for i, _ in pairs], [pictures[j] for _, j in pairs], [prompt] * len(pairs)
             )
-        for (i, j), odds in zip(pairs, said.log_odds.tolist()):
+        for (i, j), odds in zip(pairs, output.log_odds.tolist()):
             matrix[i, j] = odds  # that j is better than i
     wins = ((matrix.T - matrix).sign() + 1).fill_diagonal_(0).sum(dim=1) / 2  # a tie is half a win
     order = sorted(range(n), key=lambda k: (-float(wins[k]), k))

@@ -46,10 +46,10 @@ def ask_all(judge: YesNoJudge, pictures: Sequence[Tensor], questions: Sequence[S
     The picture comes first, so that a local model reads it once for all its questions. An answer in which neither yes
     nor no was likely is none.
     """
-    asked = [[Message("user", (picture, q))] for picture, mine in zip(pictures, questions, strict=True) for q in mine]
-    if not asked:
+    chats = [[Message("user", (picture, q))] for picture, own in zip(pictures, questions, strict=True) for q in own]
+    if not chats:
         return torch.zeros(0), []
-    answers = judge(asked)
+    answers = judge(chats)
     # read_reply gives 0 to both where neither answer was among the likeliest tokens
     neither = ((answers.probability == 0) & (answers.log_odds == 0)).tolist()
     missing = "neither yes nor no was likely"
@@ -113,11 +113,11 @@ class RubricReward:
         check_images(images)
         check_prompts(images, prompts)
         by_criterion = [self.rubric.questions(prompt) for prompt in prompts]
-        questions = [[q for mine in criteria for q in mine] for criteria in by_criterion]
-        places = [(n, c) for n, criteria in enumerate(by_criterion) for c, mine in enumerate(criteria) for _ in mine]
+        questions = [[q for own in criteria for q in own] for criteria in by_criterion]
+        places = [(n, c) for n, criteria in enumerate(by_criterion) for c, own in enumerate(criteria) for _ in own]
         probability, errors = ask_all(self._judge, images.unbind(), questions)
         scores, criteria = rubric_scores(probability, places, len(prompts), self.rubric)
-        reasons: list[str | None] = [None if mine else "no criterion applies to the prompt" for mine in questions]
+        reasons: list[str | None] = [None if own else "no criterion applies to the prompt" for own in questions]
         for (n, _), error in zip(places, errors):
             reasons[n] = reasons[n] or error
         valid = torch.tensor([reason is None for reason in reasons])

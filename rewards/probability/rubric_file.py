@@ -50,8 +50,8 @@ class Ask:
         """The questions to put for this prompt, each once; none where the criterion does not apply."""
         if self.applies_to is None:
             return [_fill(self.question, {"prompt": prompt})]
-        found = [_fill(self.question, {**m.groupdict(), "prompt": prompt}) for m in self.applies_to.finditer(prompt)]
-        return list(dict.fromkeys(found))
+        asks = [_fill(self.question, {**m.groupdict(), "prompt": prompt}) for m in self.applies_to.finditer(prompt)]
+        return list(dict.fromkeys(asks))
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ def rubric_scores(
     wanted = torch.tensor([rubric.criteria[c].answer for _, c in places], dtype=torch.bool, device=answers.device)
     cells = torch.tensor([n * width + c for n, c in places], dtype=torch.long, device=answers.device)
     sums = answers.new_zeros(count * width).index_add(0, cells, torch.where(wanted, answers, 1 - answers))
-    asked = torch.bincount(cells, minlength=count * width)
-    criteria = torch.where(asked > 0, sums / asked.clamp(min=1), math.nan).view(count, width)
-    known = (asked > 0).view(count, width)
+    counts = torch.bincount(cells, minlength=count * width)
+    criteria = torch.where(counts > 0, sums / counts.clamp(min=1), math.nan).view(count, width)
+    known = (counts > 0).view(count, width)
     weights = answers.new_tensor([c.weight for c in rubric.criteria]) * known
     total = (torch.where(known, criteria, 0.0) * weights).sum(dim=1)
     return total / weights.sum(dim=1), criteria

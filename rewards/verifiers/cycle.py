@@ -65,8 +65,8 @@ def per_item(pixel_losses: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean over each item's pixels, (N,), of losses (N, h, w); over those `counted`, (N, h, w) bool, where given."""
     if counted is None:
         return pixel_losses.flatten(1).mean(dim=1)
-    kept = counted.flatten(1).to(pixel_losses)
-    return (pixel_losses.flatten(1) * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+    weights = counted.flatten(1).to(pixel_losses)
+    return (pixel_losses.flatten(1) * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def cycle_loss(losses: Tensor, timesteps: Tensor, last: int = 200) -> Tensor:
@@ -76,8 +76,8 @@ def cycle_loss(losses: Tensor, timesteps: Tensor, last: int = 200) -> Tensor:
     diffusion loss: 0.5 (ADE20K) or 0.2 (COCO) for segmentation, 1 for depth, Canny and HED, 0.5 for line art; there
     `last` is 200, in Ctrl-U 400.
     """
-    kept = (timesteps <= last).to(losses)
-    return (losses * kept).sum() / (kept.sum() + 1e-10)
+    within = (timesteps <= last).to(losses)
+    return (losses * within).sum() / (within.sum() + 1e-10)
 
 
 def segmentation_doubt(auxiliary: Tensor, main: Tensor, scale: float = 1.0) -> Tensor:
@@ -170,18 +170,18 @@ class ControlnetCycle:
     def pixel_losses(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What was read back, logits (N, C, h, w) or maps (N, h, w), each pixel's loss (N, h, w), and which count."""
         check_images(images)
-        found = self._extract(images)
-        targets = self._targets(images, context or {}).to(found.device)
+        maps = self._extract(images)
+        targets = self._targets(images, context or {}).to(maps.device)
         if self.condition == "segmentation":
-            losses = segmentation_loss(found, targets)
-            shown = F.interpolate(targets[:, None].float(), losses.shape[-2:], mode="nearest")[:, 0]
-            return found, losses, shown != IGNORE
+            losses = segmentation_loss(maps, targets)
+            resized = F.interpolate(targets[:, None].float(), losses.shape[-2:], mode="nearest")[:, 0]
+            return maps, losses, resized != IGNORE
         if self.condition == "depth":
-            return found, depth_loss(found, targets), None
-        if targets.shape != found.shape:
-            got = f"got edge maps of shape {tuple(targets.shape)}, expected {tuple(found.shape)}"
+            return maps, depth_loss(maps, targets), None
+        if targets.shape != maps.shape:
+            got = f"got edge maps of shape {tuple(targets.shape)}, expected {tuple(maps.shape)}"
             raise RewardError(self.name, got)
-        return found, edge_loss(found, targets.float()), None
+        return maps, edge_loss(maps, targets.float()), None
 
     def doubt(self, auxiliary: Tensor, main: Tensor) -> Tensor:
         """Ctrl-U's disagreement of two readings of `pixel_losses`, (N, h, w): a KL of classes, else |difference|."""
@@ -198,13 +198,13 @@ class ControlnetCycle:
                 raise RewardError(self.name, "got labels of a float type, expected integers")
             return torch.stack(list(maps))
         references = context["references"]
-        for n, some in enumerate(references):
-            if len(some) != 1 or some[0].shape != images.shape[1:]:
-                got = f"got {len(some)} references, expected one of shape {tuple(images.shape[1:])}"
+        for n, pictures in enumerate(references):
+            if len(pictures) != 1 or pictures[0].shape != images.shape[1:]:
+                got = f"got {len(pictures)} references, expected one of shape {tuple(images.shape[1:])}"
                 raise RewardError(self.name, got, sample=n)
         with torch.no_grad():
-            found = self._extract(torch.stack([some[0] for some in references]).to(images))
-        return found.argmax(dim=1) if self.condition == "segmentation" else found
+            extracted = self._extract(torch.stack([pictures[0] for pictures in references]).to(images))
+        return extracted.argmax(dim=1) if self.condition == "segmentation" else extracted
 
 
 def load_upernet(model: str, device: str | None = None, download: bool = False) -> Callable[[Tensor], Tensor]:

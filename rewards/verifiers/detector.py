@@ -97,16 +97,16 @@ class TransformersDetector:
 
     def _find_post_processing(self, model: str) -> Callable[..., list[Mapping[str, Any]]]:
         name = "post_process_instance_segmentation" if self._masks else "post_process_object_detection"
-        found = getattr(self._processor, name, None)
-        if found is None or self._masks and "return_binary_maps" not in inspect.signature(found).parameters:
+        method = getattr(self._processor, name, None)
+        if method is None or self._masks and "return_binary_maps" not in inspect.signature(method).parameters:
             raise ValueError(f"model: got {model!r}, whose {type(self._processor).__name__} has no {name} giving maps")
-        return found
+        return method
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
         """images: (N, 3, H, W) in [0, 1]. Returns N lists."""
         check_images(images)
         self._model.to(self._device or images.device)
-        return [found for part in images.split(self._batch_size) for found in self._detect(part)]
+        return [objects for part in images.split(self._batch_size) for objects in self._detect(part)]
 
     @torch.no_grad()
     def _detect(self, images: Tensor) -> list[list[Detection]]:
@@ -127,12 +127,12 @@ class TransformersDetector:
         return [Detection(self._labels[label], score, (x0, y0, x1, y1)) for label, score, (x0, y0, x1, y1) in rows]
 
     def _instances(self, result: Mapping[str, Any]) -> list[Detection]:
-        found = []
+        objects = []
         for mask, info in zip(result["segmentation"], result["segments_info"]):
             mask = mask.bool()
             if mask.any():
-                found.append(Detection(self._labels[info["label_id"]], float(info["score"]), mask_box(mask), mask))
-        return found
+                objects.append(Detection(self._labels[info["label_id"]], float(info["score"]), mask_box(mask), mask))
+        return objects
 
 
 def mask_box(mask: Tensor) -> Box:

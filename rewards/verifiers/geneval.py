@@ -53,13 +53,13 @@ class ClipColours:
         return self._classes[name]
 
 
-def crop_object(image: Tensor, found: Detection) -> Tensor:
+def crop_object(image: Tensor, detection: Detection) -> Tensor:
     """The object's box out of an image (3, H, W), at least one pixel, grey where its mask is not."""
-    if found.mask is not None:
-        image = torch.where(found.mask.to(image.device), image.float(), image.new_tensor(GREY).float())
+    if detection.mask is not None:
+        image = torch.where(detection.mask.to(image.device), image.float(), image.new_tensor(GREY).float())
     height, width = image.shape[1:]
-    left, right = _pixels(found.box[0], found.box[2], width)
-    top, bottom = _pixels(found.box[1], found.box[3], height)
+    left, right = _pixels(detection.box[0], detection.box[2], width)
+    top, bottom = _pixels(detection.box[1], detection.box[3], height)
     return image[:, top:bottom, left:right]
 
 
@@ -167,10 +167,10 @@ class GenevalReward:
                 check_metadata(item, getattr(self._detector, "labels", None))
             except ValueError as error:
                 raise RewardError(self.name, str(error), n, prompts[n]) from error
-        found = self._detector(images.detach())
-        if len(found) != len(images):
-            raise RewardError(self.name, f"the detector gave {len(found)} lists for {len(images)} images")
-        verdicts = [self._judge(*item) for item in zip(images.detach(), found, metadata, strict=True)]
+        detections = self._detector(images.detach())
+        if len(detections) != len(images):
+            raise RewardError(self.name, f"the detector gave {len(detections)} lists for {len(images)} images")
+        verdicts = [self._judge(*item) for item in zip(images.detach(), detections, metadata, strict=True)]
         criteria = {
             "strict": torch.tensor([float(v.strict) for v in verdicts]),
             "soft": torch.tensor([v.soft for v in verdicts]),
@@ -184,7 +184,7 @@ class GenevalReward:
     def _judge(self, image: Tensor, detections: Sequence[Detection], metadata: Mapping[str, Any]) -> Verdict:
         threshold = self._counting_threshold if metadata.get("tag") == "counting" else self._threshold
         objects = keep_objects(detections, threshold, self._max_objects, self._max_overlap)
-        return judge_objects(objects, metadata, lambda found, name: self._colours(image, found, name))
+        return judge_objects(objects, metadata, lambda objects_of, name: self._colours(image, objects_of, name))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -36,15 +36,15 @@ def keep_objects(
 
     Of two of one label whose IoU reaches `max_overlap`, the surer stays; 1 keeps all.
     """
-    kept: dict[str, list[Detection]] = {}
+    by_class: dict[str, list[Detection]] = {}
     sure = sorted((d for d in detections if d.score > threshold), key=lambda d: -d.score)
     for label in dict.fromkeys(canonical(d.label) for d in sure):
-        mine: list[Detection] = []
+        own: list[Detection] = []
         for d in [d for d in sure if canonical(d.label) == label][:max_objects]:
-            if max_overlap == 1 or all(box_iou(d.box, other.box) < max_overlap for other in mine):
-                mine.append(d)
-        kept[label] = mine
-    return kept
+            if max_overlap == 1 or all(box_iou(d.box, other.box) < max_overlap for other in own):
+                own.append(d)
+        by_class[label] = own
+    return by_class
 
 
 def relations(a: Box, b: Box) -> set[str]:
@@ -60,8 +60,8 @@ def relations(a: Box, b: Box) -> set[str]:
     if all(abs(value) < 1e-3 for value in apart):
         return set()
     x, y = (value / length for value in apart)
-    found = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, holds in found.items() if holds}
+    places = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {relation for relation, holds in places.items() if holds}
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def judge_objects(
     matched: list[tuple[Sequence[Detection], bool, bool]] = []  # objects of each clause, met strictly, met softly
     for clause in metadata["include"]:
         name, n = canonical(clause["class"]), clause["count"]
-        found = objects.get(name, ())
-        strict, soft, top = len(found) >= n, len(found) == n, found[:n]
-        count.append(1 - abs(len(found) - n) / n)
+        detections = objects.get(name, ())
+        strict, soft, top = len(detections) >= n, len(detections) == n, detections[:n]
+        count.append(1 - abs(len(detections) - n) / n)
         if not strict:
-            reasons.append(f"{len(found)} {name}, expected {n}")
+            reasons.append(f"{len(detections)} {name}, expected {n}")
         if "color" in clause:
             hits = list(colours_of(top, clause["class"])).count(clause["color"]) if strict else 0
             colour.append(1 - abs(hits - n) / n if soft else 0.0)
@@ -120,9 +120,9 @@ def judge_objects(
             strict, soft = strict and target_strict and holds, soft and target_soft and holds
         matched.append((top, strict, soft))
     for clause in metadata.get("exclude", ()):
-        found = objects.get(canonical(clause["class"]), ())
-        if len(found) >= clause["count"]:
-            reasons.append(f"{len(found)} {clause['class']}, expected fewer than {clause['count']}")
+        detections = objects.get(canonical(clause["class"]), ())
+        if len(detections) >= clause["count"]:
+            reasons.append(f"{len(detections)} {clause['class']}, expected fewer than {clause['count']}")
     return Verdict(not reasons, tuple(count), tuple(colour), tuple(position), tuple(reasons))
 
 

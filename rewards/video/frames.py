@@ -46,8 +46,8 @@ class _Frames:
             if key in ("references", "metadata", "group_ids")
         }
         given = None if context is None else {**context, **repeated}
-        said = [prompt for prompt in prompts for _ in range(times)]
-        output = as_output(self.reward(frames.flatten(0, 1), said, given), self.name, said)
+        texts = [prompt for prompt in prompts for _ in range(times)]
+        output = as_output(self.reward(frames.flatten(0, 1), texts, given), self.name, texts)
         return output.scores.view(-1, times), output.is_valid.view(-1, times).all(dim=1)
 
 

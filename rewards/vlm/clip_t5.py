@@ -57,10 +57,10 @@ def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     parts = {
         part: {key: value for key, value in own.items() if not key.endswith(UNUSED)} for part, own in parts.items()
     }
-    found = [state[key] for key in EMBEDDINGS if key in state]
-    if not found:
+    embeddings = [state[key] for key in EMBEDDINGS if key in state]
+    if not embeddings:
         raise ValueError(f"weights: got none of {EMBEDDINGS}, expected T5's embedding")
-    parts["t5"]["shared.weight"] = found[0]
+    parts["t5"]["shared.weight"] = embeddings[0]
     return parts
 
 
@@ -128,11 +128,11 @@ class ClipT5(FrozenModel):
         if max(height, width) > MAX_ASPECT * min(height, width):
             got = f"{width} x {height} pixels"
             raise ValueError(f"images: got {got}, expected an aspect ratio of at most {MAX_ASPECT}")
-        told = []
+        log_probs = []
         for k in range(0, len(images), self.batch_size):
             states, mask = self.encode(images[k : k + self.batch_size], questions[k : k + self.batch_size])
-            told.append([self.log_probs(states, mask, answer) for answer in answers])
-        return [torch.cat(batches) for batches in zip(*told)]
+            log_probs.append([self.log_probs(states, mask, answer) for answer in answers])
+        return [torch.cat(batches) for batches in zip(*log_probs)]
 
     def encode(self, images: Tensor, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """T5's encoder on the conversations about the pictures: (N, T, D), padded on the right, and the mask (N, T)."""
@@ -175,10 +175,10 @@ def _find(model: str, name: str, download: bool) -> Path | None:
     place = str(Path(model).expanduser()) if is_path(model) else model
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     try:
-        found = cached_file(place, name, local_files_only=not download, **options)
+        path = cached_file(place, name, local_files_only=not download, **options)
     except Exception:  # no such folder or repository, or no way to it: there are many types of error
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def _settings(model: str, download: bool) -> dict[str, Any]:

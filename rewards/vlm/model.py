@@ -138,12 +138,12 @@ class VLM:
 
         `keys` holds those of pictures by id, `words` texts and their ids by what conversations say.
         """
-        said = tuple((m.role, *(p if isinstance(p, str) else p.ndim for p in m.parts)) for m in conversation)
+        shape = tuple((m.role, *(p if isinstance(p, str) else p.ndim for p in m.parts)) for m in conversation)
         words = {} if words is None else words
-        if said not in words:
+        if shape not in words:
             text = self.render(conversation, generation_prompt)
-            words[said] = text, tuple(self.tokenizer(text, add_special_tokens=not self.differentiable)["input_ids"])
-        text, ids = words[said]
+            words[shape] = text, tuple(self.tokenizer(text, add_special_tokens=not self.differentiable)["input_ids"])
+        text, ids = words[shape]
         pixels = [part for m in conversation for part in m.parts if isinstance(part, Tensor)]
         for part in pixels:
             self._check_part(part)

@@ -33,7 +33,7 @@ def read_json(text: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         Unreadable: there is none.
     """
-    found, end = None, 0
+    latest, end = None, 0
     starts = [match.start() for match in re.finditer(r"\{", text)]
     for start in starts[-MAX_STARTS:]:
         if start < end:
@@ -43,10 +43,10 @@ def read_json(text: str, keys: Sequence[str] = ()) -> dict[str, Any]:
         except (Unreadable, RecursionError):
             continue
         if all(key in value for key in keys):
-            found, end = value, end_of_value
-    if found is None:
+            latest, end = value, end_of_value
+    if latest is None:
         raise Unreadable(f"no JSON object with {list(keys)} in it" if keys else "no JSON object in it")
-    return found
+    return latest
 
 
 def as_numbers(value: Any, count: int, low: float, high: float, name: str = "score") -> list[float]:

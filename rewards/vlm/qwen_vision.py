@@ -56,9 +56,9 @@ class QwenVision:
         Raises:
             ValueError: other placeholders than these pictures and videos, in this order.
         """
-        found = [token == self.video_id for token in ids if token in self.types]
-        if found != [picture.is_video for picture in pictures]:
-            held, given = _count(found), _count([picture.is_video for picture in pictures])
+        videos = [token == self.video_id for token in ids if token in self.types]
+        if videos != [picture.is_video for picture in pictures]:
+            held, given = _count(videos), _count([picture.is_video for picture in pictures])
             problem = f"got {held[0]} places for {given[0]} pictures and {held[1]} for {given[1]} videos"
             problem += " once rendered; does the text hold the model's own tokens, or the chat template too few places?"
             raise ValueError(f"conversation: {problem}")

@@ -147,12 +147,12 @@ class RemoteChat:
         replies: dict[int, Reply] = {}
         questions: dict[int, _Question] = {}
         for n, (conversation, read) in enumerate(zip(conversations, readers)):
-            key, kept = None, None
+            key, stored = None, None
             if self._cache is not None and repeats:
                 key = content_key(self.name, conversation, {**options, "picture_format": self.picture_format})
-                kept = self._cache.get(key)
-            if kept is not None:
-                replies[n] = Reply(kept["text"], tuple(Token(**token) for token in kept["tokens"]))
+                stored = self._cache.get(key)
+            if stored is not None:
+                replies[n] = Reply(stored["text"], tuple(Token(**token) for token in stored["tokens"]))
             else:
                 questions[n] = _Question(conversation, options, read, key)
         if questions:
@@ -209,8 +209,8 @@ class RemoteChat:
             raise _PassingFailure(f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
             passing = response.status_code in PASSING or response.status_code >= 500
-            said = " ".join(response.text.split())[:300]
-            raise (_PassingFailure if passing else _FinalFailure)(f"HTTP {response.status_code}: {said}")
+            message = " ".join(response.text.split())[:300]
+            raise (_PassingFailure if passing else _FinalFailure)(f"HTTP {response.status_code}: {message}")
         try:
             return response.json()
         except ValueError:

@@ -72,7 +72,7 @@ def shared_hidden(vlm: SeeingModel, prompts: Sequence[Prompt], keep: int = 1) ->
         _, state = runner.run(state, [Piece(0, 0, trunk)])
     # Prompts that begin alike next to each other.
     order = sorted(range(len(prompts)), key=lambda n: [(isinstance(m, str), m) for m in prompts[n].marks])
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
     for k in range(0, len(order), vlm.batch_size):
         places = order[k : k + vlm.batch_size]
         pieces, base = [Piece(n, trunk, len(prompts[n].ids)) for n in places], state
@@ -84,8 +84,8 @@ def shared_hidden(vlm: SeeingModel, prompts: Sequence[Prompt], keep: int = 1) ->
         hidden, _ = runner.run(base, pieces)
         short = keep - hidden.shape[1]
         hidden = F.pad(hidden, (0, 0, short, 0)) if short > 0 else hidden[:, -keep:]
-        found.update(zip((piece.place for piece in pieces), hidden))
-    return torch.stack([found[n] for n in range(len(prompts))])
+        states.update(zip((piece.place for piece in pieces), hidden))
+    return torch.stack([states[n] for n in range(len(prompts))])
 
 
 def _branches(prompts: Sequence[Prompt], places: Sequence[int], trunk: int, keep: int) -> list[tuple[list[int], int]]:
@@ -179,6 +179,6 @@ class _Runner:
         visual = [token in self.sight.types for token in prompt.ids[: piece.stop]]
         before, within = sum(visual[: piece.start]), sum(visual[piece.start :])
         if not within:
-            some = next(iter(self.vision.values())).features
-            return some.new_zeros(0, some.shape[-1])
+            features = next(iter(self.vision.values())).features
+            return features.new_zeros(0, features.shape[-1])
         return torch.cat(every)[before : before + within]

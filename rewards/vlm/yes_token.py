@@ -166,13 +166,13 @@ class YesNo:
         """Ids of all tokens that say yes, and of all that say no."""
         if "variants" not in self._rows:
             assert self.vlm is not None
-            tokenizer, found = self.vlm.tokenizer, []
+            tokenizer, variants = self.vlm.tokenizer, []
             for answer in (self.yes.strip().lower(), self.no.strip().lower()):
                 likely = [row for token, row in tokenizer.get_vocab().items() if answer in token.lower()]
-                found.append(sorted(row for row in likely if tokenizer.decode([row]).strip().lower() == answer))
-                if not found[-1]:
+                variants.append(sorted(row for row in likely if tokenizer.decode([row]).strip().lower() == answer))
+                if not variants[-1]:
                     raise ValueError(f"yes, no: got {answer!r}, expected a token of {self.vlm.name!r} in some case")
-            self._rows["variants"] = found
+            self._rows["variants"] = variants
         return self._rows["variants"]
 
 
@@ -192,11 +192,11 @@ def token_log_probs(
     for k in range(0, len(targets), chunk):
         logits = vlm.head(flat[k : k + chunk])
         parts.append(logits.gather(1, targets[k : k + chunk, None])[:, 0] - logits.logsumexp(dim=-1))
-    found = torch.cat(parts).view(len(labels), longest)
+    log_probs = torch.cat(parts).view(len(labels), longest)
     # From padded on the left, as they were computed, to padded on the right, as one reads them.
     rows = [
         torch.nn.functional.pad(row[longest - len(label) :], (0, longest - len(label)))
-        for row, label in zip(found, labels)
+        for row, label in zip(log_probs, labels)
     ]
     return torch.stack(rows)
 

@@ -104,7 +104,7 @@ def judge_ranks(
         show(JUDGE.replace("{rubric}", rubric), prompt, [pictures[n] for n in order])
         for rubric, prompt, pictures, order in zip(rubrics, prompts, groups, orders, strict=True)
     ]
-    found: list[tuple[int, ...] | None] = [None] * len(groups)
+    ranks: list[tuple[int, ...] | None] = [None] * len(groups)
     for size in dict.fromkeys(sizes):  # the reader has to know how many ranks to expect
         places = [n for n, s in enumerate(sizes) if s == size]
         limits = {"seed": seed, "max_tokens": max_tokens, "retries": retries}
@@ -112,8 +112,8 @@ def judge_ranks(
         for n, answer in zip(places, answers):
             if answer.value is not None:
                 by_place = dict(zip(orders[n], answer.value))
-                found[n] = tuple(by_place[k] for k in range(size))
-    return found
+                ranks[n] = tuple(by_place[k] for k in range(size))
+    return ranks
 
 
 def _rank_reader(size: int) -> Callable[[Reply], tuple[int, ...]]:
@@ -203,10 +203,10 @@ class AutoRubricReward:
         groups = [members for members in group_places(prompts, context, self.name) if len(members) > 1]
         pictures = [[images[n].detach() for n in members] for members in groups]
         first = [prompts[members[0]] for members in groups]
-        found = judge_ranks(self._chat, [self.rubric.text] * len(groups), first, pictures, **self._limits)
+        judged = judge_ranks(self._chat, [self.rubric.text] * len(groups), first, pictures, **self._limits)
         scores, valid = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
         reasons: list[str | None] = ["a group of one has no ranking"] * len(images)
-        for members, ranks in zip(groups, found):
+        for members, ranks in zip(groups, judged):
             for place, n in enumerate(members):
                 reasons[n] = "the judge gave no ranking" if ranks is None else f"rank {ranks[place]} of {len(members)}"
             if ranks is not None:

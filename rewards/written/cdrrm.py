@@ -55,12 +55,12 @@ def contrast_rubrics(
     written = synthesise(chat, items, profiles(chat, items, seed), seed)
     places = [n for n, rubric in enumerate(written) if rubric is not None]
     texts = [bullets(written[n] or ()) for n in places]
-    mine = [items[n] for n in places]
-    found = judge_ranks(judge or chat, texts, [i.prompt for i in mine], [i.images for i in mine], seed=seed)
-    kept: list[tuple[str, ...] | None] = [None] * len(items)
-    for n, ranks in zip(places, found):
-        kept[n] = written[n] if ranks == items[n].ranks else None
-    return kept
+    own = [items[n] for n in places]
+    judged = judge_ranks(judge or chat, texts, [i.prompt for i in own], [i.images for i in own], seed=seed)
+    accepted: list[tuple[str, ...] | None] = [None] * len(items)
+    for n, ranks in zip(places, judged):
+        accepted[n] = written[n] if ranks == items[n].ranks else None
+    return accepted
 
 
 def profiles(chat: Chat, items: Sequence[Preference], seed: int = 0) -> list[Profile | None]:
@@ -76,13 +76,13 @@ def profiles(chat: Chat, items: Sequence[Preference], seed: int = 0) -> list[Pro
 
 
 def synthesise(
-    chat: Chat, items: Sequence[Preference], found: Sequence[Profile | None], seed: int = 0
+    chat: Chat, items: Sequence[Preference], profiles: Sequence[Profile | None], seed: int = 0
 ) -> list[tuple[str, ...] | None]:
     """Rubrics from profiles; None where there is no profile, or no answer without identifiers of the candidates."""
-    places = [n for n, profile in enumerate(found) if profile is not None]
+    places = [n for n, profile in enumerate(profiles) if profile is not None]
     conversations = []
     for n in places:
-        profile = found[n]
+        profile = profiles[n]
         assert profile is not None
         text = SYNTHESISE.replace("{count}", str(MAX_CRITERIA)).replace("{better}", "\n".join(profile.better))
         text = text.replace("{worse}", "\n".join(profile.worse)).replace("{prompt}", items[n].prompt)
@@ -98,8 +98,8 @@ def judge_accuracy(
 ) -> float:
     """Share of preferences whose ranks the judge finds, by a rubric each, or without; unreadable counts as wrong."""
     texts = [NO_RUBRIC] * len(items) if rubrics is None else [bullets(rubric) for rubric in rubrics]
-    found = judge_ranks(chat, texts, [i.prompt for i in items], [i.images for i in items], seed=seed)
-    return sum(ranks == item.ranks for ranks, item in zip(found, items)) / len(items)
+    judged = judge_ranks(chat, texts, [i.prompt for i in items], [i.images for i in items], seed=seed)
+    return sum(ranks == item.ranks for ranks, item in zip(judged, items)) / len(items)
 
 
 def _read_profile(reply: Reply) -> Profile:
@@ -112,8 +112,8 @@ def _read_side(side: object, name: str) -> tuple[str, ...]:
         raise Unreadable(f"{name}: got {str(side)[:80]}, expected strengths and weaknesses")
     lines = []
     for key, sign in (("strengths", "+"), ("weaknesses", "-")):
-        found = side.get(key)
-        lines += [f"{sign} {line}" for line in (read_strings(found, f"{name} {key}") if found else ())]
+        entry = side.get(key)
+        lines += [f"{sign} {line}" for line in (read_strings(entry, f"{name} {key}") if entry else ())]
     if not lines:
         raise Unreadable(f"{name}: got neither strengths nor weaknesses")
     return tuple(lines)

@@ -44,8 +44,8 @@ def delta_scores(first: Tensor, second: Tensor, weights: Tensor | None = None) -
     telling = (first >= 0.5) != (second >= 0.5)
     if not telling.any():
         return 0.5, 0.5
-    kept = weights[telling]
-    return float((first[telling] * kept).sum() / kept.sum()), float((second[telling] * kept).sum() / kept.sum())
+    own = weights[telling]
+    return float((first[telling] * own).sum() / own.sum()), float((second[telling] * own).sum() / own.sum())
 
 
 def plan(
@@ -59,8 +59,8 @@ def plan(
 ) -> list[tuple[str, ...] | None]:
     """A checklist for each pair, maybe empty; None where the answer could not be read."""
     instruction = PLAN.replace("{count}", str(MAX_QUESTIONS))
-    asked = [show(instruction, prompt, pair) for prompt, pair in zip(prompts, pairs, strict=True)]
-    answers = ask(chat, asked, _read_checklist, max_tokens=max_tokens, retries=retries, seed=seed)
+    conversations = [show(instruction, prompt, pair) for prompt, pair in zip(prompts, pairs, strict=True)]
+    answers = ask(chat, conversations, _read_checklist, max_tokens=max_tokens, retries=retries, seed=seed)
     return [answer.value for answer in answers]
 
 
@@ -144,5 +144,5 @@ class DeltaRubricReward:
             for n in pair:
                 questions[n] += checklist
         valid = torch.tensor([n in read for n in range(len(images))])
-        reasons = ["; ".join(dict.fromkeys(mine)) or None for mine in questions]
+        reasons = ["; ".join(dict.fromkeys(own)) or None for own in questions]
         return RewardOutput(win_rates(pairs, outcomes, len(images)), rationale=reasons, valid=valid)

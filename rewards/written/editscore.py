@@ -167,7 +167,7 @@ class EditScoreReward:
         check_prompts(images, prompts)
         sources = source_images(context, len(images), self.name)
         questions = [
-            *(self._message((source, edit), self._sc, told) for source, edit, told in zip(sources, images, prompts)),
+            *(self._message((source, edit), self._sc, text) for source, edit, text in zip(sources, images, prompts)),
             *(self._message(self._seen_for_looks(source, edit), self._pq, "") for source, edit in zip(sources, images)),
         ]
         passes: list[list[EditPass]] = [[] for _ in prompts]
@@ -191,9 +191,9 @@ class EditScoreReward:
         return self._output(passes, ["\n".join(lines) for lines in rationale])
 
     def _output(self, passes: Sequence[Sequence[EditPass]], rationale: Sequence[str]) -> RewardOutput:
-        found = [edit_scores(own, self.reduction, self.quirks) if own else None for own in passes]
+        results = [edit_scores(own, self.reduction, self.quirks) if own else None for own in passes]
         keys = ("overall", "prompt_following", "consistency", "semantic_consistency", "perceptual_quality")
-        columns = {key: column([None if own is None else own[key] for own in found]) for key in keys}
+        columns = {key: column([None if own is None else own[key] for own in results]) for key in keys}
         single = [[edit_scores([p], quirks=self.quirks)["overall"] for p in own] for own in passes]
         spread = [float(torch.tensor(own).std(correction=0)) if own else 0.0 for own in single]
         return RewardOutput(
@@ -216,10 +216,10 @@ class EditScoreReward:
         return [Message("system", ("You are a helpful assistant.",)), Message("user", (*named, text))]
 
     def _read(self, reply: Reply) -> tuple[tuple[float, ...], str]:
-        found = read_json(reply.text, keys=("score",))
+        value = read_json(reply.text, keys=("score",))
         high = math.inf if "overflow" in self.quirks else SCORE_RANGE
-        scores = as_numbers(found["score"], 2, -high if high == math.inf else 0.0, high)
-        return tuple(scores), str(found.get("reasoning", ""))
+        scores = as_numbers(value["score"], 2, -high if high == math.inf else 0.0, high)
+        return tuple(scores), str(value.get("reasoning", ""))
 
     def _numbers(self, answer: Answer) -> tuple[float, ...] | None:
         if answer.value is not None:

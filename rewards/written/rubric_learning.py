@@ -55,18 +55,18 @@ def learn_criteria(
 ) -> list[tuple[str, ...] | None]:
     """Criteria for each preference that lead the judge to its ranks; None where `epochs` revisions did not get it."""
     limits = {"seed": seed, "max_tokens": max_tokens}
-    asked = [show(GENERATE.replace("{ranks}", str(list(i.ranks))), i.prompt, i.images) for i in items]
-    criteria = [answer.value for answer in ask(chat, asked, _read_criteria, **limits)]
-    kept: list[tuple[str, ...] | None] = [None] * len(items)
-    open_ = [n for n, found in enumerate(criteria) if found]
+    chats = [show(GENERATE.replace("{ranks}", str(list(i.ranks))), i.prompt, i.images) for i in items]
+    criteria = [answer.value for answer in ask(chat, chats, _read_criteria, **limits)]
+    accepted: list[tuple[str, ...] | None] = [None] * len(items)
+    open_ = [n for n, one in enumerate(criteria) if one]
     for epoch in range(epochs + 1):
         texts = [bullets(criteria[n] or ()) for n in open_]
-        mine = [items[n] for n in open_]
-        ranks = judge_ranks(chat, texts, [i.prompt for i in mine], [i.images for i in mine], seed=seed + epoch)
+        own = [items[n] for n in open_]
+        ranks = judge_ranks(chat, texts, [i.prompt for i in own], [i.images for i in own], seed=seed + epoch)
         wrong = []
         for n, got in zip(open_, ranks):
             if got == items[n].ranks:
-                kept[n] = criteria[n]
+                accepted[n] = criteria[n]
             else:
                 wrong.append((n, got))
         if not wrong or epoch == epochs:
@@ -75,7 +75,7 @@ def learn_criteria(
         for (n, _), answer in zip(wrong, ask(chat, conversations, _read_criteria, **limits)):
             criteria[n] = answer.value or criteria[n]
         open_ = [n for n, _ in wrong]
-    return kept
+    return accepted
 
 
 def gather(chat: Chat, criteria: Sequence[str], themes: int = THEMES, seed: int = 0) -> AutoRubric:
@@ -89,10 +89,10 @@ def gather(chat: Chat, criteria: Sequence[str], themes: int = THEMES, seed: int 
     text = GATHER.replace("{criteria}", bullets(criteria)).replace("{count}", str(themes))
 
     def read(reply: Reply) -> tuple[Theme, ...]:
-        found = read_themes(read_json(reply.text, ["themes"]))
-        if len(found) > themes:
-            raise Unreadable(f"themes: got {len(found)}, expected at most {themes}")
-        return found
+        theme_list = read_themes(read_json(reply.text, ["themes"]))
+        if len(theme_list) > themes:
+            raise Unreadable(f"themes: got {len(theme_list)}, expected at most {themes}")
+        return theme_list
 
     (answer,) = ask(chat, [[Message("user", (text,))]], read, max_tokens=2048, seed=seed)
     if answer.value is None:
@@ -108,10 +108,10 @@ def build_rubric(
     Raises:
         ValueError: not one case could be verified.
     """
-    kept = [found for found in learn_criteria(chat, items, epochs, seed) if found]
-    if not kept:
+    learned = [wanted for wanted in learn_criteria(chat, items, epochs, seed) if wanted]
+    if not learned:
         raise ValueError(f"items: none of {len(items)} got criteria that reproduce its ranks in {epochs} revisions")
-    return gather(chat, [criterion for found in kept for criterion in found], themes, seed)
+    return gather(chat, [criterion for wanted in learned for criterion in wanted], themes, seed)
 
 
 def _revision(item: Preference, criteria: Sequence[str], got: tuple[int, ...] | None) -> list[Message]:

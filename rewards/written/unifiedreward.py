@@ -155,8 +155,8 @@ class UnifiedReward(UnifiedJudge):
     def _read(self, reply: Reply, dimensions: Sequence[str]) -> dict[str, float | None]:
         if self.version == "1":
             return {"Final": read_final_score(reply.text)}
-        found = read_dimensions(reply.text, dimensions)
-        missing = [d for d, mark in found.items() if mark is None]
+        marks = read_dimensions(reply.text, dimensions)
+        missing = [d for d, mark in marks.items() if mark is None]
         if missing and not self.fill_missing:
             raise Unreadable(f"no score for {', '.join(missing)}")
-        return found
+        return marks

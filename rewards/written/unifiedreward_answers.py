@@ -12,10 +12,10 @@ _SHARE = r"\s*:?\s*Image\s*1\s*:\s*([\d.]+)\s*Image\s*2\s*:\s*([\d.]+)"
 
 def read_final_score(text: str) -> float:
     """The number after the last "Final Score:", 1 to 5 (version 1)."""
-    found = re.findall(r"Final Score:\s*\**\s*(\d+(?:\.\d+)?)", text)
-    if not found:
+    marks = re.findall(r"Final Score:\s*\**\s*(\d+(?:\.\d+)?)", text)
+    if not marks:
         raise Unreadable("no 'Final Score:'")
-    return as_numbers(float(found[-1]), 1, 1, 5, "Final Score")[0]
+    return as_numbers(float(marks[-1]), 1, 1, 5, "Final Score")[0]
 
 
 def read_dimensions(text: str, dimensions: Sequence[str]) -> dict[str, float | None]:
@@ -24,18 +24,18 @@ def read_dimensions(text: str, dimensions: Sequence[str]) -> dict[str, float | N
     Raises:
         Unreadable: all are missing, or one is out of range.
     """
-    found = dict(re.findall(r"(\w+) Score \(1-5\):\s*\**\s*(\d+(?:\.\d+)?)", text))
-    if not set(found) & set(dimensions):
+    marks = dict(re.findall(r"(\w+) Score \(1-5\):\s*\**\s*(\d+(?:\.\d+)?)", text))
+    if not set(marks) & set(dimensions):
         raise Unreadable(f"no score for any of {list(dimensions)}")
-    return {d: as_numbers(float(found[d]), 1, 0, 5, d)[0] if d in found else None for d in dimensions}
+    return {d: as_numbers(float(marks[d]), 1, 0, 5, d)[0] if d in marks else None for d in dimensions}
 
 
 def read_rank(text: str) -> float:
     """1 where the text says that image 1 is better, 0 for image 2, 1/2 for neither or both."""
-    said = {number for number in "12" if re.search(rf"\bImage {number} is better\b", text, re.IGNORECASE)}
-    if len(said) == 1:
-        return 1.0 if said == {"1"} else 0.0
-    if said or re.search(r"\bBoth images are equally good\b", text, re.IGNORECASE):
+    better = {number for number in "12" if re.search(rf"\bImage {number} is better\b", text, re.IGNORECASE)}
+    if len(better) == 1:
+        return 1.0 if better == {"1"} else 0.0
+    if better or re.search(r"\bBoth images are equally good\b", text, re.IGNORECASE):
         return 0.5
     raise Unreadable("no verdict")
 

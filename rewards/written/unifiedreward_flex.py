@@ -93,9 +93,11 @@ def flex_scores(
     overall = win_rates(pairs, torch.tensor([points[c.winner if c else 0] for c in comparisons]), size)
     rows = []
     for k in range(len(CATEGORIES)):
-        told = [(pair, points[c.categories[k]]) for pair, c in zip(pairs, comparisons) if c and len(c.categories) > k]
-        rates = win_rates([pair for pair, _ in told], torch.tensor([p for _, p in told]), size)
-        compared = torch.bincount(torch.tensor([n for pair, _ in told for n in pair], dtype=torch.long), minlength=size)
+        rated = [(pair, points[c.categories[k]]) for pair, c in zip(pairs, comparisons) if c and len(c.categories) > k]
+        rates = win_rates([pair for pair, _ in rated], torch.tensor([p for _, p in rated]), size)
+        compared = torch.bincount(
+            torch.tensor([n for pair, _ in rated for n in pair], dtype=torch.long), minlength=size
+        )
         rows.append(torch.where(compared > 0, rates, math.nan))
     categories, weights = torch.stack(rows), torch.tensor(category_weights)[:, None]
     known = ~categories.isnan()
@@ -188,19 +190,19 @@ class UnifiedRewardFlex:
         pairs = [shown_pairs([digests[n] for n in members], self._limits["seed"]) for members in groups]
         conversations = [
             [Message("user", fill(self._template, prompts[m[i]], [images[m[i]].detach(), images[m[j]].detach()]))]
-            for m, mine in zip(groups, pairs)
-            for i, j in mine
+            for m, own in zip(groups, pairs)
+            for i, j in own
         ]
         answers = iter(ask(self._chat, conversations, read_comparison, **self._limits))
         columns = torch.full((3 + len(CATEGORIES), len(images)), math.nan)
         valid = torch.ones(len(images), dtype=torch.bool)
-        for members, mine in zip(groups, pairs):
-            told = [next(answers).value for _ in mine]
-            found = flex_scores(mine, told, len(members), *self._weights)
+        for members, own in zip(groups, pairs):
+            answered = [next(answers).value for _ in own]
+            result = flex_scores(own, answered, len(members), *self._weights)
             columns[:, members] = torch.cat(
-                [torch.stack([found.reward, found.overall, found.dim_mean]), found.categories]
+                [torch.stack([result.reward, result.overall, result.dim_mean]), result.categories]
             )
-            read = {n for pair, comparison in zip(mine, told) if comparison for n in pair}
+            read = {n for pair, comparison in zip(own, answered) if comparison for n in pair}
             valid[members] = torch.tensor([len(members) == 1 or n in read for n in range(len(members))])
         return RewardOutput(columns[0], dict(zip(("overall", "dim_mean", *CATEGORIES), columns[1:])), valid=valid)
 

@@ -119,7 +119,7 @@ class UnifiedRewardPair(UnifiedJudge):
 
     def _compare(self, pairs: Sequence[tuple[Tensor, Tensor, str]]) -> list[Answer]:
         read = {"think": read_think, "rank": read_rank, "score": read_shares}[self.format]
-        conversations = [[Message("user", fill(self._template, told, (one, other)))] for one, other, told in pairs]
+        conversations = [[Message("user", fill(self._template, prompt, (one, other)))] for one, other, prompt in pairs]
         return self._ask(conversations, lambda reply: read(reply.text))
 
 

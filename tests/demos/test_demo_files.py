@@ -154,8 +154,8 @@ def test_the_script_is_the_command():
 def test_a_model_of_videos_is_refused_as_it_is_loaded(tmp_path):
     from tiny_pipelines import wan
 
-    from visalign.demos.workshop import Workshop
+    from visalign.demos.model_session import ModelSession
 
     wan().save_pretrained(tmp_path / "wan")
     with pytest.raises(ValueError, match="model: got .*wan', which draws videos, expected one that draws pictures"):
-        Workshop(Settings(model=str(tmp_path / "wan")))
+        ModelSession(Settings(model=str(tmp_path / "wan")))

@@ -2,8 +2,8 @@ import pytest
 from PIL import Image
 
 from visalign.demos import markup
-from visalign.demos.asked import Asked, Reading, Side
 from visalign.demos.plots import curves_html, search_curve_html
+from visalign.demos.requests import DrawRequest, Reading, Side
 from visalign.demos.tabs.runs import findings_html, runs_html
 from visalign.demos.tabs.score import ranking_html, read_rubric
 from visalign.worlds.shapes.scenes import Placed
@@ -98,7 +98,7 @@ def test_unusable_rubrics_are_refused(lines, message):
 )
 def test_what_is_asked_for_is_checked(given, message):
     with pytest.raises(ValueError, match=message):
-        Asked(**{**dict(prompt="a", seed=0, count=1, steps=10, guidance=None), **given})
+        DrawRequest(**{**dict(prompt="a", seed=0, count=1, steps=10, guidance=None), **given})
 
 
 def test_sides_are_named_by_all_that_makes_them():

@@ -117,7 +117,7 @@ def test_what_cannot_be_searched_is_refused_before_it_costs(monkeypatch):
     monkeypatch.setattr(model, "predict", lambda *args: spent.append(args))
     for message, call in {
         "budget: got 5 .* expected >= 6": lambda: run(model, "p", half, budget=5),
-        "method: got 'best-of-m'.*did you mean 'best-of-n'": lambda: run(model, "p", half, "best-of-m", budget=60),
+        "search: got 'best-of-m'.*did you mean 'best-of-n'": lambda: run(model, "p", half, "best-of-m", budget=60),
         "option of 'best-of-n': got 'keep_latent'": lambda: run(model, "p", half, budget=60, keep_latent=True),
         "groupwise, expected a pointwise": lambda: run(model, "p", as_reward(groupwise), budget=60),
         "batch_size: got 0": lambda: run(model, "p", half, budget=60, batch_size=0),

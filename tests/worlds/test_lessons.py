@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from visalign.worlds.shapes.building.clip import platt
-from visalign.worlds.shapes.building.tasks import content, make_lesson, roughen, spoil, train_miss
+from visalign.worlds.shapes.building.tasks import content, make_task, roughen, spoil, train_miss
 from visalign.worlds.shapes.captions import caption, parse
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.judge import judge
@@ -23,11 +23,11 @@ def test_a_near_miss_is_another_training_meaning_that_can_be_said_and_drawn():
 
 
 def test_pictures_of_a_lesson_show_their_meanings_and_not_the_near_misses():
-    lesson = make_lesson(12, np.random.default_rng(1))
-    images = lesson.pictures.float() / 255
-    for k, spec in enumerate(lesson.specs):
+    task = make_task(12, np.random.default_rng(1))
+    images = task.pictures.float() / 255
+    for k, spec in enumerate(task.specs):
         assert judge(images[k], spec).strict
-        assert not judge(images[k], lesson.specs[k ^ 1]).strict or k % 2  # a miss may say less than its picture shows
+        assert not judge(images[k], task.specs[k ^ 1]).strict or k % 2  # a miss may say less than its picture shows
 
 
 def test_a_spoilt_picture_no_longer_shows_its_caption():
@@ -56,7 +56,7 @@ def test_content_does_not_depend_on_the_order_of_naming():
 
 
 def test_roughened_pictures_are_near_the_drawn_ones_and_differ_by_their_random_state():
-    pictures = make_lesson(2, np.random.default_rng(3)).pictures
+    pictures = make_task(2, np.random.default_rng(3)).pictures
     one, same, other = (roughen(pictures, torch.Generator().manual_seed(k)) for k in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert (one - (pictures.float() / 127.5 - 1)).abs().mean() < 0.12

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from visalign.images import images_to_pil
-from visalign.worlds.shapes.building.tasks import make_lesson
+from visalign.worlds.shapes.building.tasks import make_task
 from visalign.worlds.shapes.building.vlm_tasks import AsideLosses, batch_of, conversation, side_of, turns
 from visalign.worlds.shapes.captions import parse
 from visalign.worlds.shapes.judge import judge
@@ -15,8 +15,8 @@ from visalign.worlds.shapes.vlm import make_processor, make_vlm, merge_order, pa
 
 
 @pytest.fixture(scope="module")
-def lesson():
-    return make_lesson(40, np.random.default_rng(0))
+def task():
+    return make_task(40, np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +24,20 @@ def processor():
     return make_processor()
 
 
-def test_match_questions_are_answered_as_the_strict_judge_does(lesson):
+def test_match_questions_are_answered_as_the_strict_judge_does(task):
     rng = np.random.default_rng(1)
-    images, differ = lesson.pictures.float() / 255, 0
-    for k, spec in enumerate(lesson.specs):
-        for said in (spec, lesson.specs[k ^ 1]):
+    images, differ = task.pictures.float() / 255, 0
+    for k, spec in enumerate(task.specs):
+        for said in (spec, task.specs[k ^ 1]):
             question = match_question(spec, said, rng)
             differ += judge(images[k], said).strict != (question.answer == "Yes")
     assert differ <= 2  # a picture drawn for "left of" may also stand "above", by the judge's margin
 
 
-def test_questions_about_objects_counts_and_relations_are_true_of_the_picture(lesson):
+def test_questions_about_objects_counts_and_relations_are_true_of_the_picture(task):
     rng, kinds = np.random.default_rng(2), set()
-    for k, spec in enumerate(lesson.specs * 10):
-        question = ask(spec, lesson.specs[k % 80 ^ 1], rng)
+    for k, spec in enumerate(task.specs * 10):
+        question = ask(spec, task.specs[k % 80 ^ 1], rng)
         kinds.add(question.kind)
         have = {(c, s): n for c, s, n in spec.groups}
         words = question.text.removesuffix(" in the picture?").split()
@@ -51,9 +51,9 @@ def test_questions_about_objects_counts_and_relations_are_true_of_the_picture(le
     assert kinds == {"match", "object", "shape", "colour", "count", "relation", "describe"}
 
 
-def test_a_relation_question_says_yes_to_the_relation_and_no_to_its_opposite(lesson):
+def test_a_relation_question_says_yes_to_the_relation_and_no_to_its_opposite(task):
     rng = np.random.default_rng(3)
-    spec = next(s for s in lesson.specs if s.relation == "left of")
+    spec = next(s for s in task.specs if s.relation == "left of")
     (c0, s0, _), (c1, s1, _) = spec.groups
     texts = {(q.text, q.answer) for q in (relation_question(spec, rng) for _ in range(50))}
     assert texts == {
@@ -64,8 +64,8 @@ def test_a_relation_question_says_yes_to_the_relation_and_no_to_its_opposite(les
     }
 
 
-def test_patches_are_those_of_the_processor_and_labels_follow_their_order(lesson, processor):
-    images = lesson.pictures[:3].float() / 255
+def test_patches_are_those_of_the_processor_and_labels_follow_their_order(task, processor):
+    images = task.pictures[:3].float() / 255
     theirs = processor.image_processor(images_to_pil(images), return_tensors="pt")
     assert theirs["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
     torch.testing.assert_close(patches(images * 2 - 1), theirs["pixel_values"], atol=1e-5, rtol=0)
@@ -88,11 +88,11 @@ def test_a_conversation_is_the_chat_templates_and_only_answers_are_taught(proces
     assert taught == "Yes<|im_end|>No<|im_end|>"
 
 
-def test_answers_do_not_depend_on_what_shares_the_batch(lesson, processor):
+def test_answers_do_not_depend_on_what_shares_the_batch(task, processor):
     torch.manual_seed(0)
     model, rng = make_vlm(processor, width=64, layers=2).eval(), np.random.default_rng(4)
-    asked, shown, counts = turns(lesson, list(range(12)), rng)
-    pixels = patches(lesson.pictures[[max(k, 0) for k in shown]].float() / 127.5 - 1)
+    asked, shown, counts = turns(task, list(range(12)), rng)
+    pixels = patches(task.pictures[[max(k, 0) for k in shown]].float() / 127.5 - 1)
     grids = torch.tensor([[1, 8, 8]] * len(shown))
     with torch.no_grad():
         inputs, labels = batch_of(processor, asked, counts)
@@ -121,20 +121,20 @@ def test_sides_are_those_of_the_relation_from_either_object():
     assert side_of(Spec(spec.groups), red) == -100
 
 
-def test_the_losses_beside_the_answers_vanish_for_heads_that_know(lesson, processor):
+def test_the_losses_beside_the_answers_vanish_for_heads_that_know(task, processor):
     """Counts and sides: hidden states that hold the truth, read by heads that look at it, cost nothing."""
     model = make_vlm(processor, width=64, layers=2)
     aside, rng = AsideLosses(model, processor), np.random.default_rng(5)
-    rows = [k for k, spec in enumerate(lesson.specs) if spec.relation][:6]
-    asked = [[ask(lesson.specs[k], lesson.specs[k ^ 1], rng) for _ in range(3)] for k in rows]
+    rows = [k for k, spec in enumerate(task.specs) if spec.relation][:6]
+    asked = [[ask(task.specs[k], task.specs[k ^ 1], rng) for _ in range(3)] for k in rows]
     ids = batch_of(processor, asked, [1] * len(rows))[0]["input_ids"]
     words = torch.zeros(*ids.shape, 64)
     for n, k in enumerate(rows):
-        there = {list(COLOURS).index(c) * 4 + SHAPES.index(s): count for c, s, count in lesson.specs[k].groups}
+        there = {list(COLOURS).index(c) * 4 + SHAPES.index(s): count for c, s, count in task.specs[k].groups}
         for place, cell in enumerate(aside.named(ids)[n].tolist()):
             if cell >= 0:
                 words[n, place, there.get(cell, 0)] = 100
-                if (side := side_of(lesson.specs[k], cell)) >= 0:
+                if (side := side_of(task.specs[k], cell)) >= 0:
                     words[n, place, 8 + side] = 100
     with torch.no_grad():
         for head, first in ((aside.count, 0), (aside.side, 8)):
@@ -143,6 +143,6 @@ def test_the_losses_beside_the_answers_vanish_for_heads_that_know(lesson, proces
             head.bias.zero_()
         aside.seen = {"patches": torch.zeros(len(rows) * 64, 64), "merged": torch.zeros(len(rows) * 16, 64)}
         aside.seen["words"] = words
-        losses = aside(lesson, rows, [1] * len(rows), ids)
+        losses = aside(task, rows, [1] * len(rows), ids)
     assert losses["counts"] < 1e-6 and losses["sides"] < 1e-6
     assert losses["patches"].item() == pytest.approx(np.log(25), abs=0.5)  # a head that knows nothing

@@ -16,7 +16,7 @@ from visalign.transitions import FlowODE, ode_of, sampler_of
 from visalign.worlds import JUDGES, resolve_model
 from visalign.worlds.shapes import WEIGHTS, world_prompts
 from visalign.worlds.shapes.building.tasks import spoil
-from visalign.worlds.shapes.building.vlm import accuracy, held_out_lesson
+from visalign.worlds.shapes.building.vlm import accuracy, held_out_task
 from visalign.worlds.shapes.captions import caption
 from visalign.worlds.shapes.drawing import draw
 from visalign.worlds.shapes.scenes import place, sample_spec
@@ -141,6 +141,6 @@ def test_vlm_answers_held_out_questions_and_loads_as_anyones_would():
     """Of held-out scenes; "same" and "better" compare two pictures."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(JUDGES["shapes-vlm"], dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(JUDGES["shapes-vlm"])
-    right = accuracy(model, processor, held_out_lesson(150), count=500)
+    right = accuracy(model, processor, held_out_task(150), count=500)
     assert right["all"] >= 0.9
     assert min(right[kind] for kind in ("object", "count", "colour", "match")) >= 0.9

@@ -42,14 +42,14 @@ def generate(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.search:
         assert reward is not None
-        said = {key: getattr(arguments, key) for key in ("model", "lora", "reward", "steps", "guidance")}
+        record = {key: getattr(arguments, key) for key in ("model", "lora", "reward", "steps", "guidance")}
         budget, finer = arguments.budget or BUDGET, None
         if arguments.render_steps:
-            budget, said["render_steps"] = budget - arguments.render_steps, arguments.render_steps
+            budget, record["render_steps"] = budget - arguments.render_steps, arguments.render_steps
             finer = Finer(arguments.render_steps, lambda: _with_steps(generator, arguments.render_steps))
         options = dict(budget=budget, seed=arguments.seed, transition=arguments.transition)
         options |= dict(batch_size=arguments.batch_size, **arguments.option)
-        search_prompts(generator, arguments.prompt, reward, arguments.search, arguments.out, said, finer, **options)
+        search_prompts(generator, arguments.prompt, reward, arguments.search, arguments.out, record, finer, **options)
     else:
         draw(generator, arguments, reward)
 
@@ -107,8 +107,8 @@ def draw(generator: Generator, arguments: argparse.Namespace, reward: Any) -> No
             seeds = [arguments.seed + k for k in range(start, min(start + arguments.batch_size, arguments.count))]
             images = sample(generator, [prompt] * len(seeds), seeds)
             scores = score(reward, images, [prompt] * len(seeds)).total.tolist() if reward else [None] * len(seeds)
-            for seed, image, found in zip(seeds, images_to_pil(images), scores):
+            for seed, image, value in zip(seeds, images_to_pil(images), scores):
                 path = arguments.out / f"{number:04d}-seed{seed}.png"
                 image.save(path)
-                print(path if found is None else f"{path}  {found:.4f}")
+                print(path if value is None else f"{path}  {value:.4f}")
                 number += 1

@@ -63,9 +63,9 @@ def run(plan: Plan, state: PartialState) -> Results:
     units = missing_units(plan, store)
     whole = len(set(plan.keys)) * len(plan.tasks)
     _say(state, f"{whole} pictures, {whole - sum(len(unit.tasks) for unit in units)} of them there already")
-    mine = _share(units, state)
-    with _progress(state, "drawing", sum(len(unit.tasks) for unit in mine)) as advance:
-        draw(mine, plan, store, searched, state.device, advance)
+    local = _share(units, state)
+    with _progress(state, "drawing", sum(len(unit.tasks) for unit in local)) as advance:
+        draw(local, plan, store, searched, state.device, advance)
     state.wait_for_everyone()
     batches = _share(missing_batches(plan, store), state)
     with _progress(state, "scoring", sum(len(batch.pictures) for batch in batches)) as advance:
@@ -106,7 +106,7 @@ def _progress(state: PartialState, title: str, total: int) -> Iterator[Callable[
     """A bar of the main process's share, on a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    shown = state.is_main_process and console.is_terminal and total > 0
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as progress:
+    show = state.is_main_process and console.is_terminal and total > 0
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as progress:
         task = progress.add_task(title, total=total, note="")
         yield lambda count, note: progress.update(task, advance=count, note=note)

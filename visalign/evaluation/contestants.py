@@ -57,8 +57,8 @@ class Contestant:
 
     def settings(self) -> dict[str, Any]:
         """All that was said of it, without the label; what was left open is left out."""
-        told = {key: value for key, value in asdict(self).items() if key != "label" and value not in (None, {})}
-        return told if self.lora else {key: value for key, value in told.items() if key != "strength"}
+        settings = {key: value for key, value in asdict(self).items() if key != "label" and value not in (None, {})}
+        return settings if self.lora else {key: value for key, value in settings.items() if key != "strength"}
 
     @property
     def weights(self) -> tuple[Any, ...]:
@@ -79,20 +79,20 @@ def parse_contestant(text: str, reward: str) -> Contestant:
     label, _, model = head.partition("=")
     if not model or not _LABEL.fullmatch(label):
         raise ValueError(f"contestant: got {text!r}, {EXPECTED}")
-    told: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     options: dict[str, Any] = {}
     try:
         for name, _, value in (part.partition("=") for part in rest):
-            if name in told or name in options:
+            if name in given or name in options:
                 raise ValueError(f"{name}: got it twice, expected once")
             if name in TYPES:
-                told[name] = _typed(name, value)
+                given[name] = _typed(name, value)
             else:
                 options[name] = _value(value)
-        if "search" in told:
-            told.setdefault("reward", reward)
-        contestant = Contestant(label, model, **told, options=options)
-        _check_settings(contestant, told)
+        if "search" in given:
+            given.setdefault("reward", reward)
+        contestant = Contestant(label, model, **given, options=options)
+        _check_settings(contestant, given)
     except ValueError as error:
         raise ValueError(f"contestant {label!r}: {error}") from None
     return contestant
@@ -117,17 +117,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def _check_settings(contestant: Contestant, told: dict[str, Any]) -> None:
+def _check_settings(contestant: Contestant, given: dict[str, Any]) -> None:
     for name in ("steps", "budget"):
-        if name in told and told[name] < 1:
-            raise ValueError(f"{name}: got {told[name]}, expected >= 1")
+        if name in given and given[name] < 1:
+            raise ValueError(f"{name}: got {given[name]}, expected >= 1")
     if not 0 <= contestant.strength <= 1:
         raise ValueError(f"strength: got {contestant.strength:g}, expected within [0, 1]")
-    if "strength" in told and contestant.lora is None:
+    if "strength" in given and contestant.lora is None:
         raise ValueError(f"strength: got {contestant.strength:g} without lora=FOLDER, whose strength it would be")
     if contestant.search is None:
-        for name in (name for name in SEARCHING if name in told):
-            raise ValueError(f"{name}: got {told[name]!r} without search=METHOD, expected one of {sorted(METHODS)}")
+        for name in (name for name in SEARCHING if name in given):
+            raise ValueError(f"{name}: got {given[name]!r} without search=METHOD, expected one of {sorted(METHODS)}")
         for name in contestant.options:
             raise unknown_name("name", name, TYPES)
         return
@@ -182,21 +182,21 @@ def picture_key(contestant: Contestant, dtype: str, context: str) -> str:
         dtype: that the model computes in.
         context: the digest of what a search's reward is told beside the prompt.
     """
-    told = contestant.settings() | {"format": _FORMAT, "dtype": dtype}
-    told["model"] = path_digest(Path(resolve_model(contestant.model))) or contestant.model
+    identity = contestant.settings() | {"format": _FORMAT, "dtype": dtype}
+    identity["model"] = path_digest(Path(resolve_model(contestant.model))) or contestant.model
     if contestant.lora is not None:
-        told["lora"] = path_digest(Path(contestant.lora))
+        identity["lora"] = path_digest(Path(contestant.lora))
     if contestant.reward is not None:
-        told["reward"] = reward_key(contestant.reward, context)
-    return digest(json.dumps(told, sort_keys=True).encode())
+        identity["reward"] = reward_key(contestant.reward, context)
+    return digest(json.dumps(identity, sort_keys=True).encode())
 
 
 def reward_key(spec: str, context: str, **options: Any) -> str:
     """A short name for a reward: its words, the content of the files they name, its options, the prompts' context."""
     files = [Path(term.name.rpartition(":")[0]).expanduser() for term in parse_spec(spec, **options)]
     files += [Path(spec)] if spec.endswith((".yaml", ".yml")) else []
-    told = [spec, options, context, *(path_digest(file) for file in files if file.suffix)]
-    return digest(json.dumps(told, sort_keys=True).encode())
+    identity = [spec, options, context, *(path_digest(file) for file in files if file.suffix)]
+    return digest(json.dumps(identity, sort_keys=True).encode())
 
 
 def digest(content: bytes) -> str:
@@ -207,9 +207,9 @@ def path_digest(path: Path) -> str:
     """Of a file or of all in a folder, names and contents; "" where there is nothing."""
     if not path.exists():
         return ""
-    told = []
+    entries = []
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         size = file.stat().st_size
         what = digest(file.read_bytes()) if size <= _WHOLE else f"{size} {file.stat().st_mtime_ns}"
-        told.append(f"{file.relative_to(path) if path.is_dir() else file.name} {what}")
-    return digest("\n".join(told).encode())
+        entries.append(f"{file.relative_to(path) if path.is_dir() else file.name} {what}")
+    return digest("\n".join(entries).encode())

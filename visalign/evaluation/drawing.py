@@ -44,7 +44,7 @@ def missing_units(plan: Plan, store: Store) -> list[Unit]:
     """The units that hold a picture not drawn yet, with those pictures; the same on every process."""
     units = []
     for key, contestant in dict(zip(plan.keys, plan.contestants)).items():  # equal ones are drawn once
-        there = {name for name, drawn in store.drawn(key).items() if drawn.file}
+        there = {name for name, picture in store.drawn(key).items() if picture.file}
         size = 1 if contestant.search else plan.batch_size
         tasks = plan.tasks
         for start in range(0, len(tasks), size):
@@ -76,10 +76,10 @@ def draw(
     """
     order = list(dict.fromkeys(unit.contestant.weights for unit in units))
     for weights in order:
-        mine = [unit for unit in units if unit.contestant.weights == weights]
-        with _named(mine[0].contestant):
-            generator = load(mine[0].contestant, device, plan.dtype)
-        for unit in mine:
+        local = [unit for unit in units if unit.contestant.weights == weights]
+        with _named(local[0].contestant):
+            generator = load(local[0].contestant, device, plan.dtype)
+        for unit in local:
             started = time.monotonic()
             with _named(unit.contestant):
                 pictures, nfe = draw_unit(generator, unit, plan, judges)
@@ -180,8 +180,8 @@ def _transition(name: str | None, schedule: Schedule) -> Transition:
 
 
 def _texts(contestant: Contestant, task: Task) -> dict[str, str]:
-    told = {"prompt": task.prompt, "seed": str(task.seed), "copy": str(task.copy)}
-    return told | {key: str(value) for key, value in contestant.settings().items()}
+    metadata = {"prompt": task.prompt, "seed": str(task.seed), "copy": str(task.copy)}
+    return metadata | {key: str(value) for key, value in contestant.settings().items()}
 
 
 @contextmanager

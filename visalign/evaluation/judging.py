@@ -94,10 +94,10 @@ def missing_batches(plan: Plan, store: Store) -> list[Batch]:
     pictures = drawn_pictures(plan, store)
     batches = []
     for column in plan.columns:
-        there = {key for key, told in store.scores(column.key).items() if told["score"] is not None}
+        there = {key for key, score in store.scores(column.key).items() if score["score"] is not None}
         for start in range(0, len(pictures), plan.batch_size):
             batch = pictures[start : start + plan.batch_size]
-            for size in dict.fromkeys(drawn.size for _, drawn in batch):
+            for size in dict.fromkeys(stored.size for _, stored in batch):
                 equal = tuple(picture for picture in batch if picture[1].size == size)
                 missing = frozenset(key for key, _ in equal) - there
                 batches += [Batch(column, equal, missing)] if missing else []
@@ -106,14 +106,14 @@ def missing_batches(plan: Plan, store: Store) -> list[Batch]:
 
 def drawn_pictures(plan: Plan, store: Store) -> list[tuple[Key, Drawn]]:
     """All different (pixels, prompt) of the plan, in its order."""
-    found: dict[Key, Drawn] = {}
+    pictures: dict[Key, Drawn] = {}
     for key in plan.keys:
-        drawn = store.drawn(key)
+        stored = store.drawn(key)
         for task in plan.tasks:
-            picture = drawn.get(task.name)
+            picture = stored.get(task.name)
             if picture is not None and picture.file:
-                found.setdefault((picture.pixels, task.prompt), picture)
-    return list(found.items())
+                pictures.setdefault((picture.pixels, task.prompt), picture)
+    return list(pictures.items())
 
 
 def judge(
@@ -129,8 +129,8 @@ def judge(
         advance: told the number of pictures and the column, after each batch.
     """
     for batch in batches:
-        pictures = [store.picture(drawn) for _, drawn in batch.pictures]
+        pictures = [store.picture(picture) for _, picture in batch.pictures]
         scores = judges[batch.column.label].scores(pictures, [prompt for (_, prompt), _ in batch.pictures])
-        kept = {key: told for (key, _), told in zip(batch.pictures, scores) if key in batch.missing}
-        store.keep_scores(batch.column.key, kept)
+        missing = {key: score for (key, _), score in zip(batch.pictures, scores) if key in batch.missing}
+        store.keep_scores(batch.column.key, missing)
         advance(len(batch.pictures), batch.column.label)

@@ -39,14 +39,14 @@ def write_page(results: Results, record: dict[str, Any], store: Store) -> Path:
     """Write report.html beside eval.json; pictures and figure are inside it, whole pictures are linked."""
     plan = results.plan
     sizes = f"{len(plan.contestants)} contestants, {len(plan.prompts)} prompts, {len(plan.seeds)} seeds"
-    said = "".join(f"<p class='note'>{_text(note)}</p>" for note in record["notes"])
+    notes = "".join(f"<p class='note'>{_text(note)}</p>" for note in record["notes"])
     compared = f"<h2>Pair by pair</h2>{_pairs(record)}{_galleries(results, store)}" if record["pairs"] else ""
     settings = json.dumps({key: record[key] for key in ("contestants", "rewards", "seeds", "dtype")}, indent=1)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(plan.out.name)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 {_STYLE}</style>
 <h1>{_text(plan.out.name)}</h1><p>{sizes}. Pictures of a prompt and seed start from the same noise in every row.</p>
-{said}<h2>Scores</h2>{_table(record)}<div class="wide"><img class="chart"
+{notes}<h2>Scores</h2>{_table(record)}<div class="wide"><img class="chart"
 alt="mean scores with their intervals" src="{_figure(record)}"></div>
 {compared}<h2>How this was counted</h2><p>A score is that of the picture as it stands in its file. Means are over
 prompts, each with the mean of its seeds; intervals are 95 % bootstrap intervals over prompts, whose seeds stay
@@ -89,26 +89,26 @@ def _pairs(record: dict[str, Any]) -> str:
     return f"<div class='wide'><table>{rows}</table></div>"
 
 
-def _verdict(told: dict[str, float] | None) -> str:
+def _verdict(interval: dict[str, float] | None) -> str:
     """A word where the interval excludes 0."""
-    if told is None or told["low"] is None or told["low"] <= 0 <= told["high"]:
+    if interval is None or interval["low"] is None or interval["low"] <= 0 <= interval["high"]:
         return ""
-    return " <b class='better'>better</b>" if told["low"] > 0 else " <b class='worse'>worse</b>"
+    return " <b class='better'>better</b>" if interval["low"] > 0 else " <b class='worse'>worse</b>"
 
 
 def _galleries(results: Results, store: Store) -> str:
-    plan, said = results.plan, "<h2>Best wins and worst losses</h2>"
+    plan, page = results.plan, "<h2>Best wins and worst losses</h2>"
     for b in range(len(plan.contestants)):
         for a in range(b):
-            said += f"<h3>{_text(plan.contestants[b].label)} against {_text(plan.contestants[a].label)}</h3>"
+            page += f"<h3>{_text(plan.contestants[b].label)} against {_text(plan.contestants[a].label)}</h3>"
             for r, column in enumerate(plan.columns):
                 won, lost = extremes(results.scores[b, r], results.scores[a, r], GALLERY)
-                said += f"<details {'open' if r == 0 else ''}><summary>by {_text(column.label)}</summary>"
+                page += f"<details {'open' if r == 0 else ''}><summary>by {_text(column.label)}</summary>"
                 for title, places in (("best wins", won), ("worst losses", lost)):
                     figures = "".join(_two(results, store, (a, b), r, place) for place in places)
-                    said += f"<div>{title}</div><div class='gallery'>{figures or 'none'}</div>"
-                said += "</details>"
-    return said
+                    page += f"<div>{title}</div><div class='gallery'>{figures or 'none'}</div>"
+                page += "</details>"
+    return page
 
 
 def _two(results: Results, store: Store, sides: tuple[int, int], reward: int, place: tuple[int, int]) -> str:
@@ -116,15 +116,15 @@ def _two(results: Results, store: Store, sides: tuple[int, int], reward: int, pl
     plan, (p, s) = results.plan, place
     shots = ""
     for c in sides:
-        drawn, label = results.drawn[c, p, s], plan.contestants[c].label
+        stored, label = results.drawn[c, p, s], plan.contestants[c].label
         score = results.scores[c, reward, p, s]
         alt = _text(f"{label}: {plan.prompts[p]}")
-        picture = store.picture(drawn)
+        picture = store.picture(stored)
         tiny = " class='tiny'" if max(picture.shape[:2]) <= SIDE // 2 else ""
-        shots += f"<div><a href='{_text(drawn.file)}'><img{tiny} alt='{alt}' src='{_embed(picture)}'></a>"
+        shots += f"<div><a href='{_text(stored.file)}'><img{tiny} alt='{alt}' src='{_embed(picture)}'></a>"
         shots += f"{_text(label)} {score:.4g}</div>"
-    told = f"{plan.prompts[p]} (seed {plan.seeds[s]})"
-    return f"<figure><div class='two'>{shots}</div><figcaption>{_text(told)}</figcaption></figure>"
+    caption = f"{plan.prompts[p]} (seed {plan.seeds[s]})"
+    return f"<figure><div class='two'>{shots}</div><figcaption>{_text(caption)}</figcaption></figure>"
 
 
 def _embed(picture: np.ndarray) -> str:
@@ -147,10 +147,10 @@ def _figure(record: dict[str, Any]) -> str:
         axis.axis("off")
     for axis, reward in zip(axes.flat, rewards):
         for entry in (entry for entry in record["table"] if entry["reward"] == reward and entry["mean"]):
-            told, y = entry["mean"], labels.index(entry["contestant"])
-            if told["low"] is not None:
-                axis.plot([told["low"], told["high"]], [y, y], color="#4477aa", linewidth=2)
-            axis.plot(told["mean"], y, "o", color="#223355")
+            mean, y = entry["mean"], labels.index(entry["contestant"])
+            if mean["low"] is not None:
+                axis.plot([mean["low"], mean["high"]], [y, y], color="#4477aa", linewidth=2)
+            axis.plot(mean["mean"], y, "o", color="#223355")
         axis.set_title(reward, fontsize=10)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
@@ -159,8 +159,8 @@ def _figure(record: dict[str, Any]) -> str:
     return figure_uri(figure)
 
 
-def _number(told: dict[str, float | None] | None, style: str = "", star: str = "") -> str:
-    mean, _, interval = shown(told, style).partition(" ")
+def _number(value: dict[str, float | None] | None, style: str = "", star: str = "") -> str:
+    mean, _, interval = shown(value, style).partition(" ")
     return f"{mean}{star} <small>{interval}</small>"
 
 

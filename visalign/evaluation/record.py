@@ -53,45 +53,45 @@ def pair_record(pair: Pair, labels: list[str], columns: list[str]) -> dict[str, 
 def pictures(results: Results) -> list[dict[str, Any]]:
     """A line a picture: whose, of what, its file, its cost, and its score by every reward or why there is none."""
     plan, lines = results.plan, []
-    for (c, p, s), drawn in results.drawn.items():
+    for (c, p, s), picture in results.drawn.items():
         line: dict[str, Any] = {"contestant": plan.contestants[c].label, "prompt": p, "seed": plan.seeds[s]}
-        line |= {"file": drawn.file or None, "nfe": drawn.nfe, "seconds": round(drawn.seconds, 3)}
-        line |= {"why": drawn.why} if drawn.why else {}
+        line |= {"file": picture.file or None, "nfe": picture.nfe, "seconds": round(picture.seconds, 3)}
+        line |= {"why": picture.why} if picture.why else {}
         scores: dict[str, Any] = {}
         for r, column in enumerate(plan.columns):
-            told = results.told.get((c, r, p, s), {"score": None})
-            scores[column.label] = told["score"]
-            line |= {f"{column.label}_{part}": value for part, value in told.get("parts", {}).items()}
-            line |= {f"{column.label}_why": told["why"]} if "why" in told else {}
+            score = results.details.get((c, r, p, s), {"score": None})
+            scores[column.label] = score["score"]
+            line |= {f"{column.label}_{part}": value for part, value in score.get("parts", {}).items()}
+            line |= {f"{column.label}_why": score["why"]} if "why" in score else {}
         lines.append(line | {"scores": scores})
     return lines
 
 
 def costs(results: Results, contestant: int) -> dict[str, float]:
     """Denoiser calls and seconds a picture."""
-    mine = [drawn for (c, _, _), drawn in results.drawn.items() if c == contestant]
+    own = [picture for (c, _, _), picture in results.drawn.items() if c == contestant]
     return {
-        "nfe_a_picture": float(np.mean([drawn.nfe for drawn in mine])),
-        "seconds_a_picture": round(float(np.mean([drawn.seconds for drawn in mine])), 4),
+        "nfe_a_picture": float(np.mean([picture.nfe for picture in own])),
+        "seconds_a_picture": round(float(np.mean([picture.seconds for picture in own])), 4),
     }
 
 
 def notes(results: Results) -> list[str]:
     """What a reader of the table must know: pictures and scores that are missing, and why; too few prompts."""
-    plan, said = results.plan, []
-    lost = Counter((c, drawn.why) for (c, _, _), drawn in results.drawn.items() if not drawn.file)
+    plan, texts = results.plan, []
+    lost = Counter((c, picture.why) for (c, _, _), picture in results.drawn.items() if not picture.file)
     for c, contestant in enumerate(plan.contestants):
         reasons = {why: count for (k, why), count in lost.items() if k == c}
         if reasons:
-            said.append(_missing(f"{contestant.label}: {sum(reasons.values())} pictures could not be drawn", reasons))
+            texts.append(_missing(f"{contestant.label}: {sum(reasons.values())} pictures could not be drawn", reasons))
     for r, column in enumerate(plan.columns):
-        reasons = Counter(told["why"] for (_, k, _, _), told in results.told.items() if k == r and "why" in told)
+        reasons = Counter(score["why"] for (_, k, _, _), score in results.details.items() if k == r and "why" in score)
         if reasons:
-            of = sum(1 for _, k, _, _ in results.told if k == r)
-            said.append(_missing(f"{column.label}: {sum(reasons.values())} of {of} pictures have no score", reasons))
+            of = sum(1 for _, k, _, _ in results.details if k == r)
+            texts.append(_missing(f"{column.label}: {sum(reasons.values())} of {of} pictures have no score", reasons))
     if len(plan.prompts) < FEW:
-        said.append(f"{len(plan.prompts)} prompts are few: intervals by bootstrap are then too narrow")
-    return said
+        texts.append(f"{len(plan.prompts)} prompts are few: intervals by bootstrap are then too narrow")
+    return texts
 
 
 def _missing(what: str, reasons: dict[str, int]) -> str:
@@ -101,28 +101,28 @@ def _missing(what: str, reasons: dict[str, int]) -> str:
 
 def lines(record: dict[str, Any]) -> list[str]:
     """The table in words, for the screen."""
-    said = []
+    texts = []
     for entry in record["table"]:
         star = " *" if entry["optimised_for"] else ""
-        said.append(f"{entry['contestant']}: {entry['reward']} {shown(entry['mean'])}{star}")
+        texts.append(f"{entry['contestant']}: {entry['reward']} {shown(entry['mean'])}{star}")
     for pair in record["pairs"]:
         counts = f"{pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost"
         head = f"{pair['contestant']} against {pair['against']}: {pair['reward']}"
-        said.append(f"{head} {shown(pair['difference'], '+')}, win rate {shown(pair['win_rate'], '%')} ({counts})")
+        texts.append(f"{head} {shown(pair['difference'], '+')}, win rate {shown(pair['win_rate'], '%')} ({counts})")
     if record["pairs"]:
-        said.append("in brackets 95 % intervals over prompts; a tie counts as half a win")
+        texts.append("in brackets 95 % intervals over prompts; a tie counts as half a win")
     if any(entry["optimised_for"] for entry in record["table"]):
-        said.append("* searched or trained for this very reward, which is then no independent judge")
-    return said + [f"note: {note}" for note in record["notes"]]
+        texts.append("* searched or trained for this very reward, which is then no independent judge")
+    return texts + [f"note: {note}" for note in record["notes"]]
 
 
-def shown(told: dict[str, float | None] | None, style: str = "") -> str:
+def shown(value: dict[str, float | None] | None, style: str = "") -> str:
     """A number with its interval; `style` "+" shows its sign, "%" a share in per cent."""
-    if told is None:
+    if value is None:
         return "-"
     form = {"+": "{:+.4f}", "%": "{:.1%}"}.get(style, "{:.4f}")
-    interval = f" ({form.format(told['low'])} to {form.format(told['high'])})" if told["low"] is not None else ""
-    return form.format(told["mean"]) + interval
+    interval = f" ({form.format(value['low'])} to {form.format(value['high'])})" if value["low"] is not None else ""
+    return form.format(value["mean"]) + interval
 
 
 def _told(value: Estimate | None) -> dict[str, float | None] | None:

@@ -58,13 +58,13 @@ class Results:
     Attributes:
         scores: (contestants, rewards, prompts, seeds), NaN where there is none.
         drawn: by (contestant, prompt, seed), places.
-        told: the whole scores by (contestant, reward, prompt, seed), places; without pictures that do not exist.
+        details: the whole scores by (contestant, reward, prompt, seed), places; without pictures that do not exist.
     """
 
     plan: Plan
     scores: np.ndarray
     drawn: dict[tuple[int, int, int], Drawn]
-    told: dict[tuple[int, int, int, int], Score]
+    details: dict[tuple[int, int, int, int], Score]
 
 
 def collect(plan: Plan, store: Store) -> Results:
@@ -75,8 +75,8 @@ def collect(plan: Plan, store: Store) -> Results:
     """
     shape = (len(plan.contestants), len(plan.columns), len(plan.prompts), len(plan.seeds))
     scores = np.full(shape, np.nan)
-    drawn: dict[tuple[int, int, int], Drawn] = {}
-    told: dict[tuple[int, int, int, int], Score] = {}
+    pictures_of: dict[tuple[int, int, int], Drawn] = {}
+    details: dict[tuple[int, int, int, int], Score] = {}
     known = [store.scores(column.key) for column in plan.columns]
     missing = 0
     for c, key in enumerate(plan.keys):
@@ -87,20 +87,20 @@ def collect(plan: Plan, store: Store) -> Results:
             if picture is None:
                 missing += 1
                 continue
-            drawn[c, *place] = picture
+            pictures_of[c, *place] = picture
             for r in range(len(plan.columns) if picture.file else 0):
                 score = known[r].get((picture.pixels, task.prompt))
                 if score is None:
                     missing += 1
                     continue
-                told[c, r, *place] = score
+                details[c, r, *place] = score
                 scores[c, r, *place] = np.nan if score["score"] is None else score["score"]
     if missing:
         raise ValueError(
             f"out: {missing} pictures or scores of other processes are missing in {str(plan.out)!r}; processes on "
             "several machines need a folder that all of them see"
         )
-    return Results(plan, scores, drawn, told)
+    return Results(plan, scores, pictures_of, details)
 
 
 def estimate(values: np.ndarray) -> Estimate | None:
@@ -144,13 +144,13 @@ def pairs(scores: np.ndarray) -> list[Pair]:
 def extremes(values: np.ndarray, base: np.ndarray, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The places (prompt, seed) of the most won and the most lost pictures, of each prompt at most one, most first."""
     gains = values - base
-    found = []
+    ends = []
     for sign in (1, -1):
         signed = np.where(np.isnan(gains), -np.inf, sign * gains)
         best = signed.argmax(axis=1)
         order = np.argsort(-signed.max(axis=1), kind="stable")
-        found.append([(int(p), int(best[p])) for p in order if signed[p, best[p]] > 0][:count])
-    return found[0], found[1]
+        ends.append([(int(p), int(best[p])) for p in order if signed[p, best[p]] > 0][:count])
+    return ends[0], ends[1]
 
 
 def optimised(plan: Plan) -> set[tuple[int, int]]:
@@ -158,13 +158,13 @@ def optimised(plan: Plan) -> set[tuple[int, int]]:
 
     A LoRA's reward is read from the configuration of its run, in the folder above it.
     """
-    found = set()
+    cells = set()
     for c, contestant in enumerate(plan.contestants):
         names = {name for aim in (contestant.reward, trained_for(contestant.lora)) for name in _names(aim)}
         for r, column in enumerate(plan.columns):
             if names & set(_names(column.spec)):
-                found.add((c, r))
-    return found
+                cells.add((c, r))
+    return cells
 
 
 def trained_for(lora: str | None) -> str | None:
@@ -174,10 +174,10 @@ def trained_for(lora: str | None) -> str | None:
     folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
     file = folder.resolve().parent / "config.yaml"
     try:
-        told = yaml.safe_load(file.read_text())
+        config = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    reward = told.get("reward") if isinstance(told, dict) else None
+    reward = config.get("reward") if isinstance(config, dict) else None
     return reward if isinstance(reward, str) else None
 
 

@@ -53,15 +53,15 @@ class Store:
 
     def drawn(self, key: str) -> dict[str, Drawn]:
         """The pictures of a contestant by name; of those that failed and were drawn later, the picture."""
-        found: dict[str, Drawn] = {}
+        pictures: dict[str, Drawn] = {}
         for record in self._lines(self.folder / "pictures" / key, "drawn"):
-            for told in record:
-                drawn = Drawn(**{**told, "size": tuple(told.get("size", (0, 0)))})
-                if drawn.file and not (self.folder / drawn.file).is_file():
+            for entry in record:
+                picture = Drawn(**{**entry, "size": tuple(entry.get("size", (0, 0)))})
+                if picture.file and not (self.folder / picture.file).is_file():
                     continue  # somebody deleted it: it is drawn again
-                if drawn.file or drawn.name not in found:
-                    found[drawn.name] = drawn
-        return found
+                if picture.file or picture.name not in pictures:
+                    pictures[picture.name] = picture
+        return pictures
 
     def keep(
         self,
@@ -91,37 +91,37 @@ class Store:
             with open(path, "wb") as file:
                 Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
                 os.fsync(file.fileno())
-            told = {"name": name, "file": str(path.relative_to(self.folder)), "pixels": pixels_digest(picture)}
-            records.append(told | {"size": picture.shape[:2], "nfe": calls, "seconds": seconds / len(names)})
+            entry = {"name": name, "file": str(path.relative_to(self.folder)), "pixels": pixels_digest(picture)}
+            records.append(entry | {"size": picture.shape[:2], "nfe": calls, "seconds": seconds / len(names)})
         self._append(folder, "drawn", records)
 
-    def picture(self, drawn: Drawn) -> np.ndarray:
+    def picture(self, stored: Drawn) -> np.ndarray:
         """Its pixels, uint8 (H, W, 3).
 
         Raises:
             ValueError: the file is not the picture that was drawn.
         """
         try:
-            with Image.open(self.folder / drawn.file) as image:
+            with Image.open(self.folder / stored.file) as image:
                 pixels = np.asarray(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise ValueError(f"out: could not read {self.folder / drawn.file} ({error}); {_AGAIN}") from None
-        if pixels_digest(pixels) != drawn.pixels:
-            raise ValueError(f"out: {self.folder / drawn.file} has changed since it was drawn; {_AGAIN}")
+            raise ValueError(f"out: could not read {self.folder / stored.file} ({error}); {_AGAIN}") from None
+        if pixels_digest(pixels) != stored.pixels:
+            raise ValueError(f"out: {self.folder / stored.file} has changed since it was drawn; {_AGAIN}")
         return pixels
 
     def scores(self, key: str) -> dict[tuple[str, str], Score]:
         """Scores of a reward by (pixels, prompt); of those that failed and were scored later, the score."""
-        found: dict[tuple[str, str], Score] = {}
+        results: dict[tuple[str, str], Score] = {}
         for record in self._lines(self.folder / "scores", key):
-            for pixels, prompt, told in record:
-                if (pixels, prompt) not in found or found[pixels, prompt]["score"] is None:
-                    found[pixels, prompt] = told
-        return found
+            for pixels, prompt, score in record:
+                if (pixels, prompt) not in results or results[pixels, prompt]["score"] is None:
+                    results[pixels, prompt] = score
+        return results
 
     def keep_scores(self, key: str, scores: dict[tuple[str, str], Score]) -> None:
         """Keep scores by (pixels, prompt), all or none of them."""
-        self._append(self.folder / "scores", key, [[pixels, prompt, told] for (pixels, prompt), told in scores.items()])
+        self._append(self.folder / "scores", key, [[pixels, prompt, one] for (pixels, prompt), one in scores.items()])
 
     def _append(self, folder: Path, kind: str, record: list[Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,8 @@ class Fork:
 
     def children(self) -> list[tuple[bool, bool]]:
         """(stochastic, growing) of each."""
-        drawn = [(True, True)] * self.grow + [(True, False)] * self.leave
-        return drawn + [(False, True)] * self.ode + [(False, False)] * self.ode_leave
+        kinds = [(True, True)] * self.grow + [(True, False)] * self.leave
+        return kinds + [(False, True)] * self.ode + [(False, False)] * self.ode_leave
 
 
 @dataclass

@@ -61,9 +61,9 @@ def speedup(budgets: Sequence[int], values: np.ndarray, control: np.ndarray, spe
         control: rewards (prompts, seeds) by `spent`, the same prompts and seeds; in both NaN where one was not run.
     """
     curves, targets = np.nanmean(values, 1), np.nanmean(control, 1)
-    drawn = np.random.default_rng(seed).integers(0, len(curves), (RESAMPLES, len(curves)))
-    found = [spent / nfe_to_match(budgets, curves[rows].mean(0), targets[rows].mean()) for rows in drawn]
-    low, high = np.percentile(found, (2.5, 97.5))
+    resampled = np.random.default_rng(seed).integers(0, len(curves), (RESAMPLES, len(curves)))
+    speedups = [spent / nfe_to_match(budgets, curves[rows].mean(0), targets[rows].mean()) for rows in resampled]
+    low, high = np.percentile(speedups, (2.5, 97.5))
     return Interval(spent / nfe_to_match(budgets, curves.mean(0), float(targets.mean())), float(low), float(high))
 
 

@@ -85,9 +85,9 @@ def guidance(
     _check(chain, push, guidance_start, recurrences)
     first = first_guided(chain.num_steps, guidance_start)
     cost = guidance_nfe(chain.num_steps, guidance_start, recurrences)
-    found = Guided()
+    state = Guided()
     while count := min(chain.batch_size, chain.ledger.left // cost):
-        entities = range(len(found.rewards), len(found.rewards) + count)
+        entities = range(len(state.rewards), len(state.rewards) + count)
         latents = chain.initial(entities)
         for i in range(chain.num_steps):
             if i < first:
@@ -96,13 +96,13 @@ def guidance(
             for k in range(recurrences - 1):
                 # Each repeat draws two noises of its own, for the step and for the way back.
                 there, back = ([2 * (n * recurrences + k) + way for n in entities] for way in (0, 1))
-                gaussian = guided_kernel(chain, latents, i, push, found)
+                gaussian = guided_kernel(chain, latents, i, push, state)
                 latents = gaussian.sample(chain.noise(there, i, latents, Role.SEARCH))
                 paths = path_at(chain.schedule, i + 1), path_at(chain.schedule, i)
                 latents = renoise(latents, *paths, chain.noise(back, i, latents, Role.SEARCH))
-            latents = chain.draw(guided_kernel(chain, latents, i, push, found), i, entities)
-        found.rewards += chain.result(latents, entities).tolist()
-        yield chain.event(found, f"{len(found.rewards)} drawn, {found.clipped} of {found.gradients} gradients clipped")
+            latents = chain.draw(guided_kernel(chain, latents, i, push, state), i, entities)
+        state.rewards += chain.result(latents, entities).tolist()
+        yield chain.event(state, f"{len(state.rewards)} drawn, {state.clipped} of {state.gradients} gradients clipped")
 
 
 def guidance_nfe(num_steps: int, guidance_start: float = 0.2, recurrences: int = 1) -> int:
@@ -115,10 +115,10 @@ def guidance_least(num_steps: int, options: dict[str, Any]) -> int:
     return guidance_nfe(num_steps, options.get("guidance_start", 0.2), options.get("recurrences", 1))
 
 
-def guided_kernel(chain: Chain, latents: Tensor, step_index: int, push: Push, found: Guided) -> Gaussian:
+def guided_kernel(chain: Chain, latents: Tensor, step_index: int, push: Push, state: Guided) -> Gaussian:
     """The Gaussian over the next latents of a guided step: one prediction a row, a backward pass where it is pushed."""
     alpha, sigma = path_at(chain.schedule, step_index)
-    prediction, denoised, gradient = _estimate(chain, latents, step_index, push, found)
+    prediction, denoised, gradient = _estimate(chain, latents, step_index, push, state)
     if push.form in ("twisted", "dps"):
         gaussian, _ = chain.kernel(latents, step_index, prediction)
         if gradient is None:
@@ -181,7 +181,7 @@ def first_guided(num_steps: int, guidance_start: float) -> int:
 
 
 def _estimate(
-    chain: Chain, latents: Tensor, step_index: int, push: Push, found: Guided
+    chain: Chain, latents: Tensor, step_index: int, push: Push, state: Guided
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Prediction, estimate of x0, and the gradient, clipped; None where it would push nothing, and is not paid for."""
     alpha, sigma = path_at(chain.schedule, step_index)
@@ -195,9 +195,9 @@ def _estimate(
         per_unit = push.scale / unit if push.form == "dps" else push.scale * unit
         most = push.clip * math.sqrt(latents[0].numel()) / per_unit
     gradient, clipped, broken = clip_rows(valued.gradient, most)
-    found.gradients += len(latents)
-    found.clipped += int(clipped.sum())
-    found.broken += int(broken.sum())
+    state.gradients += len(latents)
+    state.clipped += int(clipped.sum())
+    state.broken += int(broken.sum())
     return valued.prediction, valued.denoised, gradient
 
 

@@ -51,7 +51,7 @@ def search_prompts(
     reward: Callable,
     method: str,
     out: Path,
-    said: dict[str, Any],
+    details: dict[str, Any],
     finer: Finer | None = None,
     **options: Any,
 ) -> None:
@@ -67,7 +67,7 @@ def search_prompts(
     chains = [prepare(generator, prompt, reward, method, **options) for prompt in prompts]  # all refusals first
     for chain in chains if finer else ():
         check_render(chain, method, finer.num_steps)  # type: ignore[union-attr]
-    kept = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None | list)}
+    plain_options = {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None | list)}
     records: list[dict[str, Any]] = []
     with _stoppable() as stopped:
         for number, chain in enumerate(chains):
@@ -76,7 +76,7 @@ def search_prompts(
                 follow(events_of(chain, method, options), chain, prompts[number], stopped, trace)
             finally:  # whatever went wrong, what was found is kept
                 records.append(_record(chain, prompts[number], trace, bool(stopped), number, out))
-                write_json(out / "search.json", {"method": method, **said, **kept, "searches": records})
+                write_json(out / "search.json", {"method": method, **details, **plain_options, "searches": records})
                 plot_traces(records, out / "search.png")
             if trace and isinstance(trace[-1].state, Tree):
                 leaves = shown_leaves(trace[-1].state)
@@ -88,7 +88,7 @@ def search_prompts(
         model = finer.load()
         for number, (chain, record) in enumerate(zip(chains, records)):
             record["render"] = _render(chain, model, number, out) if chain.best is not None else None
-        write_json(out / "search.json", {"method": method, **said, **kept, "searches": records})
+        write_json(out / "search.json", {"method": method, **details, **plain_options, "searches": records})
 
 
 def _render(chain: Chain, model: Any, number: int, out: Path) -> dict[str, Any]:

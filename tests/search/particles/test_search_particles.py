@@ -69,8 +69,8 @@ def test_potentials_of_a_path_and_the_last_make_up_the_tilted_reward(potential):
 
 def test_what_was_applied_is_what_the_path_keeps_through_resampling():
     for event in list(fk(toy_chain(), particles=50, tilt=3.0, potential="diff", **EVERY_STEP))[:-1]:
-        torch.testing.assert_close(event.state.applied, 3 * event.state.kept, atol=1e-12, rtol=0)
-        torch.testing.assert_close(event.state.rewards, event.state.kept, atol=0, rtol=0)
+        torch.testing.assert_close(event.state.applied, 3 * event.state.memory, atol=1e-12, rtol=0)
+        torch.testing.assert_close(event.state.rewards, event.state.memory, atol=0, rtol=0)
     final_state = final(fk(toy_chain(), particles=50, tilt=3.0, potential="diff", **EVERY_STEP))
     assert final_state.resamples > 0 and final_state.unique_ancestors < 50
     torch.testing.assert_close(final_state.rewards, 0.5 * final_state.latents[:, 0])

@@ -56,22 +56,22 @@ def reno(
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: got {momentum}, expected within [0, 1)")
     chain.require_gradient()
-    found = NoiseOptimization()
+    state = NoiseOptimization()
     while chain.ledger.left >= chain.num_steps:
-        noise = chain.initial([found.start]).requires_grad_()
+        noise = chain.initial([state.start]).requires_grad_()
         optimizer = torch.optim.SGD([noise], lr=lr, momentum=momentum, nesterov=momentum > 0)
         for iteration in range(1, iterations + 1):
-            found.iteration = iteration
+            state.iteration = iteration
             last = _is_last(chain, iteration, iterations, chain.num_steps)
-            final = sample(chain, noise, _step_noises(chain, noise, found.start), gradient=not last)
-            gradient = _score(chain, final, found, gradient=not last)
-            found.norm = float(noise.detach().norm())
-            yield chain.event(found, f"start {found.start}, iteration {iteration}: {found.rewards[-1]:.4g}")
+            final = sample(chain, noise, _step_noises(chain, noise, state.start), gradient=not last)
+            gradient = _score(chain, final, state, gradient=not last)
+            state.norm = float(noise.detach().norm())
+            yield chain.event(state, f"start {state.start}, iteration {iteration}: {state.rewards[-1]:.4g}")
             if last:
                 break
             loss = -reward_weight * (gradient * final).sum() + regularizer * radius_loss(noise).sum()
             _descend(optimizer, [noise], loss, clip)
-        found.start += 1
+        state.start += 1
 
 
 def dno(
@@ -107,28 +107,28 @@ def dno(
     _check_weight("probes", probes)
     if not probes:
         chain.require_gradient()
-    found, cost = NoiseOptimization(), (1 + probes) * chain.num_steps
+    state, cost = NoiseOptimization(), (1 + probes) * chain.num_steps
     while chain.ledger.left >= chain.num_steps:
-        noise = chain.initial([found.start])
-        noises = [row.clone().requires_grad_() for row in (noise, *_step_noises(chain, noise, found.start).values())]
+        noise = chain.initial([state.start])
+        noises = [row.clone().requires_grad_() for row in (noise, *_step_noises(chain, noise, state.start).values())]
         optimizer = torch.optim.AdamW(noises, lr=lr)
         for iteration in range(1, iterations + 1):
-            found.iteration = iteration
+            state.iteration = iteration
             last = _is_last(chain, iteration, iterations, cost)
             final = sample(chain, noises[0], _by_step(chain, noises[1:]), gradient=not last)
-            gradient = _score(chain, final, found, gradient=not (last or probes))
-            found.norm = float(noises[0].detach().norm())
-            yield chain.event(found, f"start {found.start}, iteration {iteration}: {found.rewards[-1]:.4g}")
+            gradient = _score(chain, final, state, gradient=not (last or probes))
+            state.norm = float(noises[0].detach().norm())
+            yield chain.event(state, f"start {state.start}, iteration {iteration}: {state.rewards[-1]:.4g}")
             if last:
                 break
             if probes:
-                gradient = _probed(chain, noises, final.detach(), found, probes, probe_scale)
+                gradient = _probed(chain, noises, final.detach(), state, probes, probe_scale)
             loss = -(gradient * final).sum()
             if regularizer:
-                orders = _orders(chain, found, sum(n.numel() for n in noises), permutations)
+                orders = _orders(chain, state, sum(n.numel() for n in noises), permutations)
                 loss = loss + regularizer * probability_loss(torch.cat([n.flatten() for n in noises]), orders)
             _descend(optimizer, noises, loss, clip)
-        found.start += 1
+        state.start += 1
 
 
 # Formulas ------------------------------------------------------------------------------------------------------------
@@ -211,35 +211,35 @@ def _is_last(chain: Chain, iteration: int, iterations: int, cost: int) -> bool:
     return iteration == iterations or chain.ledger.left < cost + chain.num_steps
 
 
-def _score(chain: Chain, final: Tensor, found: NoiseOptimization, *, gradient: bool) -> Tensor:
+def _score(chain: Chain, final: Tensor, state: NoiseOptimization, *, gradient: bool) -> Tensor:
     """Note the result; the gradient of its reward by it, if asked for, else zeros."""
-    entities = [len(found.rewards)]
+    entities = [len(state.rewards)]
     if gradient:
         rewards, slope = chain.result_gradient(final.detach(), entities)
     else:
         rewards, slope = chain.result(final.detach(), entities), torch.zeros_like(final)
-    found.rewards += rewards.tolist()
+    state.rewards += rewards.tolist()
     return slope
 
 
 def _probed(
-    chain: Chain, noises: list[Tensor], final: Tensor, found: NoiseOptimization, probes: int, scale: float
+    chain: Chain, noises: list[Tensor], final: Tensor, state: NoiseOptimization, probes: int, scale: float
 ) -> Tensor:
     """`probed_gradient` at a result, from the results of neighbours of its noises; those count as results too."""
-    keys = [found.start * 2**16 + k for k in range(probes)]  # apart for every start
+    keys = [state.start * 2**16 + k for k in range(probes)]  # apart for every start
     near = []
     for j, own in enumerate(noises):
         here = own.detach().expand(probes, *own.shape[1:])
-        near.append(here + scale * chain.noise(keys, found.iteration * len(noises) + j, here, Role.SEARCH))
+        near.append(here + scale * chain.noise(keys, state.iteration * len(noises) + j, here, Role.SEARCH))
     ends = sample(chain, near[0], _by_step(chain, near[1:]), gradient=False)
-    reward = found.rewards[-1]
-    rewards = chain.result(ends, range(len(found.rewards), len(found.rewards) + probes))
-    found.rewards += rewards.tolist()
+    reward = state.rewards[-1]
+    rewards = chain.result(ends, range(len(state.rewards), len(state.rewards) + probes))
+    state.rewards += rewards.tolist()
     return probed_gradient(rewards - reward, ends - final)
 
 
-def _orders(chain: Chain, found: NoiseOptimization, size: int, count: int) -> Iterator[Tensor]:
-    random = chain.random(Role.SEARCH, found.start, found.iteration)
+def _orders(chain: Chain, state: NoiseOptimization, size: int, count: int) -> Iterator[Tensor]:
+    random = chain.random(Role.SEARCH, state.start, state.iteration)
     return (torch.randperm(size, generator=random) for _ in range(count))
 
 

@@ -38,14 +38,14 @@ def random_search(chain: Chain, *, first: int = 2, growth: int = 2) -> Iterator[
     for option, value in (("first", first), ("growth", growth)):
         if value < 1:
             raise ValueError(f"{option}: got {value}, expected >= 1")
-    found, size = NoiseSearch(), first
+    state, size = NoiseSearch(), first
     while count := min(size, chain.ledger.left // chain.num_steps):
-        entities = range(len(found.rewards), len(found.rewards) + count)
-        found.rounds, size = found.rounds + 1, size * growth
+        entities = range(len(state.rewards), len(state.rewards) + count)
+        state.rounds, size = state.rounds + 1, size * growth
         for part in (entities[k : k + chain.batch_size] for k in range(0, count, chain.batch_size)):
             starts = chain.initial(part)
-            found.rewards += chain.result(chain.finish(starts, 0, part), part, starts).tolist()
-            yield chain.event(found, f"round {found.rounds} of {count}: {len(found.rewards)} drawn in all")
+            state.rewards += chain.result(chain.finish(starts, 0, part), part, starts).tolist()
+            yield chain.event(state, f"round {state.rounds} of {count}: {len(state.rewards)} drawn in all")
 
 
 def zero_order(chain: Chain, *, neighbours: int = 4, cosine: float = 0.95) -> Iterator[Event]:
@@ -64,27 +64,27 @@ def zero_order(chain: Chain, *, neighbours: int = 4, cosine: float = 0.95) -> It
         raise ValueError(f"neighbours: got {neighbours}, expected >= 1")
     if not -1 < cosine < 1:
         raise ValueError(f"cosine: got {cosine}, expected within (-1, 1)")
-    found, fresh = NoiseSearch(), 0
+    state, fresh = NoiseSearch(), 0
     while chain.ledger.left >= chain.num_steps:
-        if found.pivot is None:
-            found.pivot = chain.initial([fresh])
-            found.pivot_reward = float(_results(chain, found.pivot, found))
+        if state.pivot is None:
+            state.pivot = chain.initial([fresh])
+            state.pivot_reward = float(_results(chain, state.pivot, state))
             fresh += 1
-            yield chain.event(found, f"pivot {fresh}: {found.pivot_reward:.4g}")
+            yield chain.event(state, f"pivot {fresh}: {state.pivot_reward:.4g}")
             continue
         count = min(neighbours, chain.ledger.left // chain.num_steps)
-        pivots = found.pivot.expand(count, *found.pivot.shape[1:])
-        names = range(len(found.rewards), len(found.rewards) + count)
+        pivots = state.pivot.expand(count, *state.pivot.shape[1:])
+        names = range(len(state.rewards), len(state.rewards) + count)
         candidates = neighbour_noise(pivots, chain.noise(names, 0, pivots, Role.SEARCH), cosine)
-        rewards = _results(chain, candidates, found)
-        found.rounds += 1
+        rewards = _results(chain, candidates, state)
+        state.rounds += 1
         k = int(rewards.argmax())
-        better = float(rewards[k]) > found.pivot_reward
+        better = float(rewards[k]) > state.pivot_reward
         if better:
-            found.pivot, found.pivot_reward = candidates[k : k + 1], float(rewards[k])
+            state.pivot, state.pivot_reward = candidates[k : k + 1], float(rewards[k])
         else:
-            found.pivot = None
-        yield chain.event(found, f"round {found.rounds}: {'to a neighbour' if better else 'none better'}")
+            state.pivot = None
+        yield chain.event(state, f"round {state.rounds}: {'to a neighbour' if better else 'none better'}")
 
 
 def neighbour_noise(noise: Tensor, gaussian: Tensor, cosine: float) -> Tensor:
@@ -132,13 +132,13 @@ def paths(
         if value < least:
             raise ValueError(f"{option}: got {value}, expected >= {least}")
     low, rounds = path_rounds(chain.schedule, level, forward, backward)
-    found, entity, fresh = NoiseSearch(), 0, 0
+    state, entity, fresh = NoiseSearch(), 0, 0
     while count := min(starts, chain.ledger.left // chain.num_steps):
         latents, entities, at = chain.initial(range(fresh, fresh + count)), list(range(entity, entity + count)), low
         fresh, entity = fresh + count, entity + count
         for i in range(low):
             latents = chain.step(latents, i, entities)
-        yield chain.event(found, f"{count} sampled to {noise_level(chain.schedule, low):.3g}")
+        yield chain.event(state, f"{count} sampled to {noise_level(chain.schedule, low):.3g}")
         for high, end in rounds:
             spare = chain.ledger.left - count * (chain.num_steps - end)  # the survivors are finished whatever happens
             taken = min(branches, spare // (count * (end - high)))
@@ -150,13 +150,13 @@ def paths(
             at = end
             if end == chain.num_steps:
                 break
-            kept = chain.value(estimates).argsort(descending=True, stable=True)[:count].tolist()
-            latents, entities = latents[kept], [entities[k] for k in kept]
-            found.rounds += 1
-            yield chain.event(found, f"round {found.rounds}: {count} of {count * taken} go on from step {end}")
+            survivors = chain.value(estimates).argsort(descending=True, stable=True)[:count].tolist()
+            latents, entities = latents[survivors], [entities[k] for k in survivors]
+            state.rounds += 1
+            yield chain.event(state, f"round {state.rounds}: {count} of {count * taken} go on from step {end}")
         latents = chain.finish(latents, at, entities)
-        found.rewards += chain.result(latents, entities).tolist()
-        yield chain.event(found, f"{len(found.rewards)} finished")
+        state.rewards += chain.result(latents, entities).tolist()
+        yield chain.event(state, f"{len(state.rewards)} finished")
 
 
 def path_rounds(
@@ -201,11 +201,11 @@ def noise_level(schedule: Schedule, index: int) -> float:
     return sigma / (alpha + sigma)
 
 
-def _results(chain: Chain, noise: Tensor, found: NoiseSearch) -> Tensor:
+def _results(chain: Chain, noise: Tensor, state: NoiseSearch) -> Tensor:
     """Rewards (N,) of what these noises become, all by the same step noise."""
-    entities = range(len(found.rewards), len(found.rewards) + len(noise))
+    entities = range(len(state.rewards), len(state.rewards) + len(noise))
     rewards = chain.result(chain.finish(noise, 0, [0] * len(noise)), entities, noise)
-    found.rewards += rewards.tolist()
+    state.rewards += rewards.tolist()
     return rewards
 
 

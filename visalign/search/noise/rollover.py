@@ -90,19 +90,19 @@ def rbf(chain: Chain, *, chains: int = 2, initial: int = 25) -> Iterator[Event]:
     if not chains:
         return
     initial = min(initial, left // chains - (steps - 1))
-    found = Rollover(quota=step_quota(left, chains, initial, steps))
-    found.walks = _begin(chain, chains, initial, found.quota)
-    yield chain.event(found, f"{chains} chains, {found.quota} proposals a step")
-    while steps > 1 and chain.ledger.left >= chains + sum(_reserve(walk, steps) for walk in found.walks):
-        for number, walk in enumerate(found.walks):
-            reward = _propose(chain, walk, number, found.rounds * chains + number)
-            _move(walk, reward, steps, found)
-        found.rounds += 1
-        yield chain.event(found, f"round {found.rounds}, steps {[walk.place.step for walk in found.walks]}")
-    for number, walk in enumerate(found.walks):
+    state = Rollover(quota=step_quota(left, chains, initial, steps))
+    state.walks = _begin(chain, chains, initial, state.quota)
+    yield chain.event(state, f"{chains} chains, {state.quota} proposals a step")
+    while steps > 1 and chain.ledger.left >= chains + sum(_reserve(walk, steps) for walk in state.walks):
+        for number, walk in enumerate(state.walks):
+            reward = _propose(chain, walk, number, state.rounds * chains + number)
+            _move(walk, reward, steps, state)
+        state.rounds += 1
+        yield chain.event(state, f"round {state.rounds}, steps {[walk.place.step for walk in state.walks]}")
+    for number, walk in enumerate(state.walks):
         if not walk.finished:
             chain.result(_complete(chain, walk.best or walk.place, number), [number])
-    yield chain.event(found, f"{found.rollovers} moves to a better one, {found.forced} forced")
+    yield chain.event(state, f"{state.rollovers} moves to a better one, {state.forced} forced")
 
 
 def step_quota(max_nfe: int, chains: int, initial: int, steps: int) -> int:
@@ -143,7 +143,7 @@ def _propose(chain: Chain, walk: Walk, number: int, entity: int) -> float:
     return reward
 
 
-def _move(walk: Walk, reward: float, steps: int, found: Rollover) -> None:
+def _move(walk: Walk, reward: float, steps: int, state: Rollover) -> None:
     """What follows from a proposal's reward: on to it if it beats the record, on to the best if the quota is spent.
 
     A proposal that beats the record is the best of its step, as the record is at least that of all before it.
@@ -152,11 +152,11 @@ def _move(walk: Walk, reward: float, steps: int, found: Rollover) -> None:
     if reward > walk.record:
         walk.record = reward
         if can_move:
-            found.rollovers += 1
-            walk.go(walk.quota - walk.spent + found.quota)
+            state.rollovers += 1
+            walk.go(walk.quota - walk.spent + state.quota)
     elif can_move and walk.spent % walk.quota == 0:
-        found.forced += 1
-        walk.go(found.quota)
+        state.forced += 1
+        walk.go(state.quota)
     walk.spent += 1
 
 

@@ -29,7 +29,7 @@ class Particles:
         rewards: (K,), latest: of estimates of x0 on the way, of the results at the end.
         ancestors: (K,), int64: the initial noise that each comes from.
         applied: (K,), the log-potentials along each path, summed.
-        kept: (K,), what the potential remembers of each path.
+        memory: (K,), what the potential remembers of each path.
         prediction: (K, ...), of the denoiser, during a step.
         gradient: (K, ...), of the potential by the latents, during a step of a twisted sampler.
         ess: the effective sample size at each scheduled step, and at the results.
@@ -43,7 +43,7 @@ class Particles:
     rewards: Tensor
     ancestors: Tensor
     applied: Tensor
-    kept: Tensor
+    memory: Tensor
     prediction: Tensor | None = None
     gradient: Tensor | None = None
     ess: tuple[float, ...] = ()
@@ -82,10 +82,10 @@ class Particles:
         return self.log_evidence + float(log_mean_exp(self.log_weights))
 
 
-def start(chain: Chain, count: int, kept: float = 0.0) -> Particles:
+def start(chain: Chain, count: int, memory: float = 0.0) -> Particles:
     """The first particles: entities 0 .. K-1 at their initial noise."""
     zeros = torch.zeros(count, dtype=torch.float64)
-    return Particles(chain.initial(range(count)), zeros, zeros, torch.arange(count), zeros, zeros + kept)
+    return Particles(chain.initial(range(count)), zeros, zeros, torch.arange(count), zeros, zeros + memory)
 
 
 def maybe_resample(

@@ -67,12 +67,12 @@ def systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
 def residual(weights: Tensor, generator: torch.Generator) -> Tensor:
     """floor(K W) copies of each, the rest drawn independently by the remainders."""
     copies, remainders = _whole_and_rest(weights)
-    kept = torch.arange(len(weights)).repeat_interleave(copies)
-    missing = len(weights) - len(kept)
+    copied = torch.arange(len(weights)).repeat_interleave(copies)
+    missing = len(weights) - len(copied)
     if not missing:
-        return kept
-    drawn = _invert(remainders / remainders.sum(), _uniform(missing, generator))
-    return torch.cat([kept, drawn]).sort().values
+        return copied
+    rest = _invert(remainders / remainders.sum(), _uniform(missing, generator))
+    return torch.cat([copied, rest]).sort().values
 
 
 def ssp(weights: Tensor, generator: torch.Generator) -> Tensor:

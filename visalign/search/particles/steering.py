@@ -22,29 +22,29 @@ from .resampling import effective_sample_size, soft_mean
 
 REFERENCE_LARGEST = math.log(1e10)  # to which the published code clamps a weight
 
-# Potentials: (rewards, kept, tilt), (K,) each and a number, to log G and what is kept, (K,) each ----------------------
+# Potentials: (rewards, memory, tilt), (K,) each and a number, to log G and the next memory, (K,) ----------------------
 
 
-def max_potential(rewards: Tensor, kept: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
+def max_potential(rewards: Tensor, memory: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """log G = tilt * m, m the largest reward of the path so far. Keeps m, from -inf."""
-    largest = torch.maximum(rewards, kept)
+    largest = torch.maximum(rewards, memory)
     return tilt * largest, largest
 
 
-def diff_potential(rewards: Tensor, kept: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
+def diff_potential(rewards: Tensor, memory: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """log G = tilt * (reward - the one before). Keeps the reward, from 0."""
-    return tilt * (rewards - kept), rewards
+    return tilt * (rewards - memory), rewards
 
 
-def add_potential(rewards: Tensor, kept: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
+def add_potential(rewards: Tensor, memory: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """log G = tilt * the sum of the rewards of the path so far. Keeps the sum, from 0."""
-    total = kept + rewards
+    total = memory + rewards
     return tilt * total, total
 
 
-def rt_potential(rewards: Tensor, kept: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
+def rt_potential(rewards: Tensor, memory: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """log G = tilt * reward. Keeps nothing."""
-    return tilt * rewards, kept
+    return tilt * rewards, memory
 
 
 Potential = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -106,16 +106,16 @@ def fk(
     if value_samples < 0:
         raise ValueError(f"value_samples: got {value_samples}, expected >= 0")
     count = affordable(chain, particles, fk_nfe(chain.num_steps, steps, value_samples))
-    log_potential, kept = POTENTIALS[potential]
-    cloud = start(chain, count, 0.0 if compat else kept)
+    log_potential, memory = POTENTIALS[potential]
+    cloud = start(chain, count, 0.0 if compat else memory)
     gate = (resampling, ess_threshold, adaptive)
 
     def weigh(cloud: Particles, i: int) -> Particles:
-        log_g, kept = log_potential(cloud.rewards, cloud.kept, tilt)
+        log_g, memory = log_potential(cloud.rewards, cloud.memory, tilt)
         if compat:
-            return _reference_weigh(replace(cloud, kept=kept), chain, i, log_g, gate)
+            return _reference_weigh(replace(cloud, memory=memory), chain, i, log_g, gate)
         log_weights, applied = cloud.log_weights + log_g, cloud.applied + log_g
-        return maybe_resample(replace(cloud, log_weights=log_weights, applied=applied, kept=kept), chain, i, *gate)
+        return maybe_resample(replace(cloud, log_weights=log_weights, applied=applied, memory=memory), chain, i, *gate)
 
     for i in range(chain.num_steps):
         cloud = replace(cloud, prediction=chain.predict(cloud.latents, i))
@@ -181,8 +181,8 @@ def _values(chain: Chain, cloud: Particles, step_index: int, tilt: float, sample
     rows = torch.arange(cloud.size).repeat_interleave(samples)
     first = cloud.size + step_index * len(rows)  # after the particles' own entities
     entities = range(first, first + len(rows))
-    drawn = chain.draw(gaussian.take(rows.to(gaussian.mean.device)), step_index, entities)
-    results = chain.finish(drawn, step_index + 1, entities)
+    states = chain.draw(gaussian.take(rows.to(gaussian.mean.device)), step_index, entities)
+    results = chain.finish(states, step_index + 1, entities)
     return soft_mean(chain.result(results, entities).view(cloud.size, samples), tilt)
 
 
@@ -202,6 +202,6 @@ def _reference_end(
     cloud: Particles, chain: Chain, potential: str, tilt: float, gate: tuple[str, float, bool]
 ) -> Particles:
     """As the published code: the potential once more instead of the reward's own weight, and only if uneven."""
-    log_g, _ = POTENTIALS[potential][0](cloud.rewards, cloud.kept, tilt)
+    log_g, _ = POTENTIALS[potential][0](cloud.rewards, cloud.memory, tilt)
     log_g = log_g if potential == "diff" else log_g - cloud.applied
     return _reference_weigh(cloud, chain, chain.num_steps, log_g, (gate[0], gate[1], True))

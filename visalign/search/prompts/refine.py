@@ -113,7 +113,7 @@ def refine(
         if good is not None and critique.is_good(good):
             return
         words = critique.refined or ""
-        if any(_plain(words) == _plain(drawn.words) for drawn in state.rounds):
+        if any(_plain(words) == _plain(round_.words) for round_ in state.rounds):
             return  # the same noise and words give the same picture
         problem = critique.problem or _unfit(chain, words, min_similarity)
         if problem is not None:
@@ -123,14 +123,14 @@ def refine(
         if rescores and len(state.rounds) == 1:
             state.margin = max(margin, noise_margin(_rescored(chain, critic, state.standing, accept, rescores)))
 
-        drawn = _draw(chain, noise, words, len(state.rounds))
+        round_ = _draw(chain, noise, words, len(state.rounds))
         if accept == "critic":
             _criticise(chain, critic, state.standing, 1)
-            _criticise(chain, critic, drawn, 1)
-        gain = accept == "always" or accepts(drawn.score(accept), state.standing.score(accept), state.margin)
-        state.rounds.append(drawn)
+            _criticise(chain, critic, round_, 1)
+        gain = accept == "always" or accepts(round_.score(accept), state.standing.score(accept), state.margin)
+        state.rounds.append(round_)
         if gain:
-            drawn.accepted, state.kept = True, len(state.rounds) - 1
+            round_.accepted, state.kept = True, len(state.rounds) - 1
         else:
             state.rejections += 1
         yield chain.event(state, f"{'kept' if gain else 'rejected'}: {words}")
@@ -204,12 +204,12 @@ def _draw(chain: Chain, noise: Tensor, words: str, number: int) -> Round:
     return Round(words, reward, latents, chain.images)
 
 
-def _criticise(chain: Chain, critic: Critic, drawn: Round, count: int) -> None:
+def _criticise(chain: Chain, critic: Critic, round_: Round, count: int) -> None:
     """Have a picture criticised until it has `count` critiques."""
-    while len(drawn.critiques) < count:
-        [critique] = critic(drawn.image, [chain.prompt], attempt=len(drawn.critiques), context=chain.context)
+    while len(round_.critiques) < count:
+        [critique] = critic(round_.image, [chain.prompt], attempt=len(round_.critiques), context=chain.context)
         chain.ledger.tokens += critique.tokens
-        drawn.critiques.append(critique)
+        round_.critiques.append(critique)
 
 
 def _next_critique(chain: Chain, critic: Critic, standing: Round) -> Critique:
@@ -233,8 +233,8 @@ def _unfit(chain: Chain, words: str, min_similarity: float) -> str | None:
     lost = lost_tokens(chain, words)
     if lost > lost_tokens(chain, chain.prompt):
         return f"{lost} tokens longer than the generator reads"
-    kept = kept_words(chain.prompt, words)
-    return f"keeps {kept:.0%} of the prompt's words" if kept < min_similarity else None
+    similarity = kept_words(chain.prompt, words)
+    return f"keeps {similarity:.0%} of the prompt's words" if similarity < min_similarity else None
 
 
 def _plain(words: str) -> str:

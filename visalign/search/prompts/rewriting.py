@@ -191,12 +191,12 @@ def enhance(
     before = chain.words
     rewording = choose_words(chain, make_rewriter(rewrite, **(rewrite_options or {})), samples, margin)
     words, chain.words = chain.words, before
-    drawn = max((len(rewards) for rewards in rewording.rewards.values()), default=0)
-    if drawn:
+    count_drawn = max((len(rewards) for rewards in rewording.rewards.values()), default=0)
+    if count_drawn:
         yield chain.event(rewording, f"drawn with: {words}")
     while count := min(chain.batch_size, chain.ledger.left // chain.num_steps):
-        entities = range(drawn, drawn + count)
+        entities = range(count_drawn, count_drawn + count)
         with chain.worded(words):
             chain.result(chain.finish(chain.initial(entities), 0, entities), entities)
-        drawn += count
-        yield chain.event(rewording, f"{drawn} drawn with: {words}")
+        count_drawn += count
+        yield chain.event(rewording, f"{count_drawn} drawn with: {words}")

@@ -76,8 +76,8 @@ class TextChat:
             if not all(isinstance(part, str) for part in message.parts):
                 raise ValueError(f"message: got a picture for {self.name!r}, expected words only")
         words = [{"role": m.role, "content": "".join(str(part) for part in m.parts)} for m in turns]
-        told = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        text = self.tokenizer.apply_chat_template(words, tokenize=False, add_generation_prompt=True, **told)
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        text = self.tokenizer.apply_chat_template(words, tokenize=False, add_generation_prompt=True, **options)
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(self.model.device)
         made = self.model.generate(
             input_ids=inputs["input_ids"],

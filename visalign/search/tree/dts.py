@@ -92,8 +92,8 @@ def dts(
         clip=clip,
         weighted=weighted,
     )
-    kept = TreeFile(chain, "dts", folder, save_every, {"widening": widening, "exponent": exponent})
-    yield from _grow(chain, rules, kept, iterations)
+    file = TreeFile(chain, "dts", folder, save_every, {"widening": widening, "exponent": exponent})
+    yield from _grow(chain, rules, file, iterations)
 
 
 def dts_star(
@@ -142,18 +142,18 @@ def dts_star(
         clip=clip,
         weighted=False,
     )
-    kept = TreeFile(chain, "dts-star", folder, save_every, {"widening": widening, "exponent": exponent})
-    yield from _grow(chain, rules, kept, iterations)
+    file = TreeFile(chain, "dts-star", folder, save_every, {"widening": widening, "exponent": exponent})
+    yield from _grow(chain, rules, file, iterations)
 
 
-def _grow(chain: Chain, rules: Rules, kept: TreeFile, iterations: int | None) -> Iterator[Event]:
+def _grow(chain: Chain, rules: Rules, file: TreeFile, iterations: int | None) -> Iterator[Event]:
     """Select leaves_at_once times, roll out what the budget allows of it, score, back up."""
     if iterations is None and chain.ledger.max_nfe is None:
         raise ValueError("iterations: got None, expected a number, for a chain without a budget")
     if rules.reward_guidance:
         chain.require_gradient()
     device = chain.initial([0]).device
-    tree = kept.open(rules, device)
+    tree = file.open(rules, device)
     last, rolled = math.inf if iterations is None else iterations, tree.iterations
     try:
         while tree.queue or tree.iterations < last:
@@ -170,9 +170,9 @@ def _grow(chain: Chain, rules: Rules, kept: TreeFile, iterations: int | None) ->
                 tree.measure()
                 rolled = tree.iterations
                 yield chain.event(tree, f"{tree.scored_leaves} leaves")
-            kept.save_if_due(tree)
+            file.save_if_due(tree)
     finally:
-        kept.save(tree)
+        file.save(tree)
 
 
 # Select --------------------------------------------------------------------------------------------------------------
@@ -223,28 +223,28 @@ def _expand(tree: Tree, node: int) -> list[int]:
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def _branches(chain: Chain, asked: Sequence[int] | None) -> tuple[int, ...]:
+def _branches(chain: Chain, given: Sequence[int] | None) -> tuple[int, ...]:
     """The branching steps: those asked for, or the default ones that have noise before the next.
 
     Raises:
         ValueError: steps out of order or range, or whose branches would be copies.
     """
     steps = chain.num_steps
-    if asked is None:
+    if given is None:
         usual = (
             range(1, steps) if steps <= FEW_STEPS else [steps - round(part * steps) for part in (0.8, 0.6, 0.4, 0.2)]
         )
     else:
-        usual = [int(step) for step in asked]
+        usual = [int(step) for step in given]
         Rules(steps, tuple(usual))  # in order and range
-    found: tuple[int, ...] = ()
+    branches: tuple[int, ...] = ()
     for step in reversed(usual):
-        end = found[0] if found else steps
+        end = branches[0] if branches else steps
         if any(chain.stds[step:end]):
-            found = (step, *found)
-        elif asked is not None:
-            raise ValueError(f"branch_at: got {tuple(asked)}, whose steps {step} to {end} draw no noise: copies")
-    return found
+            branches = (step, *branches)
+        elif given is not None:
+            raise ValueError(f"branch_at: got {tuple(given)}, whose steps {step} to {end} draw no noise: copies")
+    return branches
 
 
 def _widths(chain: Chain, widening: float | None, exponent: float | None) -> tuple[float, float]:

@@ -65,7 +65,7 @@ class TreeFile:
         saved = _read(self.folder)
         _refuse_other("search", saved["search"], self.search)
         tree, tensors = _tree(self.folder, saved)
-        own = {name: getattr(tree.rules, name) for name, asked in self.free.items() if asked is None}
+        own = {name: getattr(tree.rules, name) for name, given in self.free.items() if given is None}
         _refuse_other("rule", _plain(tree.rules), _plain(dataclasses.replace(rules, **own)))
         self.chain.ledger = Ledger.from_dict({**saved["ledger"], "max_nfe": self.chain.ledger.max_nfe})
         if best := saved["best"]:
@@ -173,8 +173,8 @@ def _numbers(tree: Tree) -> dict[str, Any]:
 
 def _plain(rules: Rules) -> dict[str, Any]:
     """As JSON holds it: infinity is a string."""
-    found = {**dataclasses.asdict(rules), "branch_at": list(rules.branch_at)}
-    return {name: "inf" if value == math.inf else value for name, value in found.items()}
+    fields = {**dataclasses.asdict(rules), "branch_at": list(rules.branch_at)}
+    return {name: "inf" if value == math.inf else value for name, value in fields.items()}
 
 
 def _rules(saved: dict[str, Any]) -> Rules:
@@ -182,8 +182,8 @@ def _rules(saved: dict[str, Any]) -> Rules:
     return Rules(**{**saved, **numbers, "branch_at": tuple(saved["branch_at"])})
 
 
-def _refuse_other(what: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    for name, value in asked.items():
+def _refuse_other(what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
         if saved[name] != value:
             raise ValueError(f"folder: got a tree whose {what} has {name} {saved[name]!r}, expected {value!r}")
 

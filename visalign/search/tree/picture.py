@@ -62,12 +62,12 @@ def draw_tree(tree: Tree, images: Mapping[int, Tensor] | None = None, *, leaves:
     rows = shown_leaves(tree, leaves)
     figure = Figure(figsize=(13, max(3.5, ROW * len(rows) + 1.2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3.2, 1))
-    shown = sorted({node for leaf in rows for node in tree.path(leaf)})
-    norm = Normalize(*_range(tree.value[shown]))
+    nodes = sorted({node for leaf in rows for node in tree.path(leaf)})
+    norm = Normalize(*_range(tree.value[nodes]))
     places = places_of(tree, rows)
-    for node in shown:
+    for node in nodes:
         _draw_node(left, tree, node, places, norm)
-        hidden = tree.count(node) - sum(other != 0 and tree.parent[other] == node for other in shown)
+        hidden = tree.count(node) - sum(other != 0 and tree.parent[other] == node for other in nodes)
         if hidden:
             left.annotate(
                 f"+{hidden}", places[node], (0, -15), textcoords="offset points", ha="center", size=7, bbox=PAPER

@@ -44,8 +44,8 @@ def draw_leaves(tree: Tree, count: int, generator: torch.Generator) -> list[int]
     """Leaves drawn from the finished tree by `leaf_law`, with replacement; a generator as `Chain.random` makes."""
     if not tree.scored_leaves:
         raise ValueError("tree: got one without leaves, expected a grown one")
-    drawn = torch.multinomial(torch.from_numpy(leaf_law(tree)), count, replacement=True, generator=generator)
-    return tree.leaves[drawn.numpy()].tolist()
+    chosen = torch.multinomial(torch.from_numpy(leaf_law(tree)), count, replacement=True, generator=generator)
+    return tree.leaves[chosen.numpy()].tolist()
 
 
 def greedy_leaf(tree: Tree) -> int:
@@ -78,7 +78,7 @@ def health(tree: Tree) -> dict[str, Any]:
     greedy, law = greedy_leaf(tree), leaf_law(tree)
     spread = float(tree.rewards.std())
     finite = math.isfinite(tree.tilt)
-    found = {
+    report = {
         "leaves": tree.scored_leaves,
         "nodes": tree.size,
         "iterations": tree.iterations,
@@ -92,23 +92,23 @@ def health(tree: Tree) -> dict[str, Any]:
         "tilted_spread": tree.tilt * spread if finite else None,
         "effective_leaves": float(1 / (law**2).sum()),
     }
-    return {**found, "warnings": _warnings(tree, found)}
+    return {**report, "warnings": _warnings(tree, report)}
 
 
-def _warnings(tree: Tree, found: dict[str, Any]) -> list[str]:
+def _warnings(tree: Tree, report: dict[str, Any]) -> list[str]:
     warnings = []
     if not tree.rules.branch_at:
         warnings.append("only the root can branch (no step but the last has noise): this is best of n")
     if 0 < tree.tilt < math.inf and tree.scored_leaves > 1:
-        if found["tilted_spread"] < 0.1:
+        if report["tilted_spread"] < 0.1:
             warnings.append("the rewards' spread is below a tenth of 1 / tilt: selection is all but uniform")
-        if found["tilted_spread"] > 10:
+        if report["tilted_spread"] > 10:
             warnings.append("the rewards' spread is above ten times 1 / tilt: selection follows the first good leaf")
     if tree.tilt > 0 and tree.rules.selection in ("boltzmann", "mixed"):
         warnings.append(
             "built by values, which makes the root's value too low and draws too concentrated, and fades slowly; "
             "least_visited gives calibrated draws"
         )
-    if found["effective_leaves"] < 5:
+    if report["effective_leaves"] < 5:
         warnings.append("draws come from fewer than five leaves in effect: expect duplicates")
     return warnings

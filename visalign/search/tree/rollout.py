@@ -99,9 +99,9 @@ def _predict(chain: Chain, tree: Tree, latents: Tensor, step: int, joined: list[
     if _guided(chain, tree, step):
         valued = chain.value_gradient(latents, step)
         return valued.prediction, valued.gradient
-    kept = [tree.predictions[node].to(latents.device) for node in joined if node in tree.predictions]
-    asked = latents[: len(latents) - len(kept)]
-    return torch.cat([chain.predict(asked, step), *kept] if len(asked) else kept), None
+    known = [tree.predictions[node].to(latents.device) for node in joined if node in tree.predictions]
+    fresh = latents[: len(latents) - len(known)]
+    return torch.cat([chain.predict(fresh, step), *known] if len(fresh) else known), None
 
 
 def _guided(chain: Chain, tree: Tree, step: int) -> bool:

@@ -55,8 +55,8 @@ class Tree:
     @property
     def leaves(self) -> np.ndarray:
         """The scored leaves (n,), by rollout."""
-        found = np.array(self.leaf, np.int64)
-        return found[self.scored[found]]
+        nodes = np.array(self.leaf, np.int64)
+        return nodes[self.scored[nodes]]
 
     @property
     def scored_leaves(self) -> int:
@@ -86,15 +86,15 @@ class Tree:
 
     def children(self, node: int) -> np.ndarray:
         """Its scored children (n,), in the order of their making."""
-        found = np.array(self._children[node], np.int64)
-        return found[self.scored[found]] if self._pending[node] else found
+        nodes = np.array(self._children[node], np.int64)
+        return nodes[self.scored[nodes]] if self._pending[node] else nodes
 
     def path(self, node: int) -> list[int]:
         """From the root to the node."""
-        found = [node]
-        while found[-1]:
-            found.append(self.parent[found[-1]])
-        return found[::-1]
+        nodes = [node]
+        while nodes[-1]:
+            nodes.append(self.parent[nodes[-1]])
+        return nodes[::-1]
 
     def add(self, parent: int, rollout: int) -> int:
         """A new pending child, with value 0 and one visit; its number."""

@@ -80,9 +80,9 @@ def train_flow(
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        kept = min(0.999, (1 + step) / (10 + step))
+        decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - kept)
+            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
         recent = 0.99 * recent + 0.01 * loss.item() if step else loss.item()
         if step % 500 == 499:
             print(f"flow step {step + 1} loss {recent:.4f} seconds {time.monotonic() - started:.0f}", flush=True)

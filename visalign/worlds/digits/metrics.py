@@ -60,8 +60,8 @@ def entropy(shares: Tensor) -> float:
 def mean_distance(points: Tensor, weights: Tensor | None = None) -> float:
     """Mean Euclidean distance of two independent draws from the set of points (N, D); 0 if it is one picture."""
     weights, points = normalised(weights, len(points)), points.detach().double().cpu()
-    kept = weights > 0
-    weights, points = weights[kept], points[kept]
+    positive = weights > 0
+    weights, points = weights[positive], points[positive]
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     return float(weights @ distances @ weights)
 

@@ -55,8 +55,8 @@ def shapes_wordings(spec: Spec, there: Mapping[tuple[str, str], int]) -> list[st
     groups = tuple(sorted(spec.groups[::-1], key=missing))
     ordered = _ordered(spec, groups)
     opposite = _ordered(spec, groups[::-1])
-    found = [caption(adjusted(ordered)), caption(adjusted(opposite)), caption(ordered), caption(opposite)]
-    return list(dict.fromkeys([*found, PREFIXES[1] + found[2], PREFIXES[1] + found[3]]))
+    wordings = [caption(adjusted(ordered)), caption(adjusted(opposite)), caption(ordered), caption(opposite)]
+    return list(dict.fromkeys([*wordings, PREFIXES[1] + wordings[2], PREFIXES[1] + wordings[3]]))
 
 
 def _ordered(spec: Spec, groups: tuple[tuple[str, str, int], ...]) -> Spec:

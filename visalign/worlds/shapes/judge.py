@@ -127,8 +127,8 @@ def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
         radius = float(np.sqrt(mass / area))
         centre = y - below * radius
         depth = signed_distance(shape, torch.as_tensor(right - x), torch.as_tensor(down - centre), torch.tensor(radius))
-        drawn = (depth.numpy() + 0.5).clip(0, 1)
-        overlap = float(np.minimum(drawn, coverage).sum() / np.maximum(drawn, coverage).sum())
+        filled = (depth.numpy() + 0.5).clip(0, 1)
+        overlap = float(np.minimum(filled, coverage).sum() / np.maximum(filled, coverage).sum())
         if overlap > best[1]:
             best = (shape, overlap, x, centre, radius)
     return best

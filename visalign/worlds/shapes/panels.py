@@ -63,8 +63,8 @@ def same_objects(images: Tensor) -> Tensor:
 
 
 def _agree(left: Tensor, right: Tensor) -> bool:
-    found, other = (sorted((o.colour, o.shape) for o in read(panel)) for panel in (left, right))
-    return found == other and bool(found) and all(shape != "unknown" for _, shape in found)
+    one, other = (sorted((o.colour, o.shape) for o in read(panel)) for panel in (left, right))
+    return one == other and bool(one) and all(shape != "unknown" for _, shape in one)
 
 
 def _place_apart(spec: Spec, rng: np.random.Generator) -> Scene:

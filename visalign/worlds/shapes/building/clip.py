@@ -28,7 +28,7 @@ from visalign.worlds.shapes.scenes import COLOURS, SHAPES, Spec
 from visalign.worlds.shapes.text import MAX_TOKENS, make_tokenizer, save_tokenizer
 
 from .muon import MuonAndAdamW, warmup_cosine
-from .tasks import Lesson, content, make_lesson, roughen, train_miss
+from .tasks import Task, content, make_task, roughen, train_miss
 
 log = logging.getLogger(__name__)
 CONFIG = {
@@ -107,7 +107,7 @@ def train_clip(
         {"patch": nn.Linear(128, 1 + cells), "count": nn.Linear(128, 5 * cells), "relation": nn.Linear(128, 4)}
     ).to(device)
     tokenizer = make_tokenizer()
-    lesson = make_lesson(pairs, rng)
+    task = make_task(pairs, rng)
     optimizer = MuonAndAdamW(model, heads.parameters(), weight_decay=0.02)
     started = time.monotonic()
     for step in range(steps):
@@ -116,25 +116,25 @@ def train_clip(
             break
         first = 2 * torch.randint(pairs, (batch_size,), generator=random)
         rows = torch.stack([first, first + 1], 1).flatten().tolist()
-        shown = [lesson.specs[r] for r in rows]
-        meanings = shown + [train_miss(s, rng) for s in shown[::2]]
+        specs = [task.specs[r] for r in rows]
+        meanings = specs + [train_miss(s, rng) for s in specs[::2]]
         texts = [caption(s, rng) for s in meanings]
         ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(device)
-        drawn = roughen(torch.cat([lesson.pictures[rows], lesson.spoilt[rows[::3]]]).to(device), random)
-        losses, hit = lesson_loss(model, heads, drawn, ids, meanings, lesson.labels[rows].to(device))
+        pictures = roughen(torch.cat([task.pictures[rows], task.spoilt[rows[::3]]]).to(device), random)
+        losses, hit = task_loss(model, heads, pictures, ids, meanings, task.labels[rows].to(device))
         optimizer.zero_grad()
         sum(losses.values()).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(learning_rate * warmup_cosine(step, 200, progress))
         if step % 50 == 0:
-            said = " ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
-            log.info("clip step %d %s top-1 %.2f seconds %.0f", step, said, hit, time.monotonic() - started)
+            summary = " ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
+            log.info("clip step %d %s top-1 %.2f seconds %.0f", step, summary, hit, time.monotonic() - started)
     model.visual.output_tokens = False
-    save_clip(model.eval(), folder, fit_match(model, lesson, rng))
+    save_clip(model.eval(), folder, fit_match(model, task, rng))
     return model
 
 
-def lesson_loss(
+def task_loss(
     model: Any, heads: nn.ModuleDict, pictures: Tensor, ids: Tensor, meanings: list[Spec], labels: Tensor
 ) -> tuple[dict[str, Tensor], float]:
     """The parts of the loss of N scenes, and how often a picture finds its own text.
@@ -166,17 +166,17 @@ def lesson_loss(
 
 
 @torch.no_grad()
-def fit_match(model: Any, lesson: Lesson, rng: np.random.Generator, count: int = 1000) -> dict[str, float]:
+def fit_match(model: Any, task: Task, rng: np.random.Generator, count: int = 1000) -> dict[str, float]:
     """Platt's scale and midpoint for sigmoid(scale (cosine - midpoint)), on right, nearly right and spoilt pictures."""
     random, tokenizer = torch.Generator().manual_seed(0), make_tokenizer()
-    rows = list(range(0, min(2 * count, len(lesson.specs)), 2))
-    texts = [caption(lesson.specs[r], rng) for r in rows]
+    rows = list(range(0, min(2 * count, len(task.specs)), 2))
+    texts = [caption(task.specs[r], rng) for r in rows]
     ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
     device = next(model.parameters()).device
     text = F.normalize(model.encode_text(ids.to(device)), dim=-1)
     missed = [r + 1 for r in rows]
     cosines = []
-    for pictures in (lesson.pictures[rows], lesson.pictures[missed], lesson.spoilt[rows]):
+    for pictures in (task.pictures[rows], task.pictures[missed], task.spoilt[rows]):
         image = [model.encode_image(roughen(part.to(device), random)) for part in pictures.split(256)]
         cosines.append((F.normalize(torch.cat(image), dim=-1) * text).sum(-1).double().cpu().numpy())
     x = np.concatenate(cosines)

@@ -34,8 +34,8 @@ HUBER = 1e-3
 def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     """The teacher with an input for guidance, which does nothing yet."""
     student = make_unet(time_cond_proj_dim=GUIDANCE_WIDTH)
-    told = student.load_state_dict(teacher.state_dict(), strict=False)
-    assert told.missing_keys == ["time_embedding.cond_proj.weight"] and not told.unexpected_keys
+    result = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert result.missing_keys == ["time_embedding.cond_proj.weight"] and not result.unexpected_keys
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student
 
@@ -45,11 +45,11 @@ def clean(noise: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
     return (noisy - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
 
 
-def consistent(found: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+def consistent(prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """c_skip noisy + c_out found, whose boundary at timestep 0 is `noisy` itself (arXiv:2310.04378, section 4.1)."""
     scaled = (timesteps * TIMESTEP_SCALE).view(-1, 1, 1, 1)
     c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-    return c_skip * noisy + scaled / (scaled**2 + SIGMA_DATA**2).sqrt() * found
+    return c_skip * noisy + scaled / (scaled**2 + SIGMA_DATA**2).sqrt() * prediction
 
 
 def train_consistency(
@@ -108,15 +108,15 @@ def train_consistency(
         with torch.no_grad():
             embeds = pipe.text_encoder(tokens).last_hidden_state
             both = pipe.unet(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([nothing, embeds])).sample
-            without, told = both.chunk(2)
-            told = without + guidance.view(-1, 1, 1, 1) * (told - without)
+            without, conditional = both.chunk(2)
+            conditional = without + guidance.view(-1, 1, 1, 1) * (conditional - without)
             later = (timesteps - skip).clamp(min=0)
             alpha_later = torch.where(timesteps > skip, alphas[later], 1.0).view(-1, 1, 1, 1)
-            nearer = alpha_later.sqrt() * clean(told, noisy, alpha) + (1 - alpha_later).sqrt() * told
+            nearer = alpha_later.sqrt() * clean(conditional, noisy, alpha) + (1 - alpha_later).sqrt() * conditional
             there = target(nearer, later, embeds, timestep_cond=condition).sample
             wanted = consistent(clean(there, nearer, alpha_later), nearer, later)
-        found = student(noisy, timesteps, embeds, timestep_cond=condition).sample
-        difference = consistent(clean(found, noisy, alpha), noisy, timesteps) - wanted
+        prediction = student(noisy, timesteps, embeds, timestep_cond=condition).sample
+        difference = consistent(clean(prediction, noisy, alpha), noisy, timesteps) - wanted
         loss = ((difference.square() + HUBER**2).sqrt() - HUBER).mean()
         optimizer.zero_grad()
         loss.backward()

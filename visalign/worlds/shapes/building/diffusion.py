@@ -129,12 +129,12 @@ def train_diffusion(
         noisy = at.sqrt() * latents[rows].to(device) + (1 - at).sqrt() * noise
         with torch.no_grad():
             both = encode_captions(flow, torch.cat([tokens, empty.to(device).expand_as(tokens)]))
-            told = teacher_noise(flow.transformer, noisy.repeat(2, 1, 1, 1), alpha_bar.repeat(2), *both)
-            target = torch.lerp(told[batch_size:], told[:batch_size], guidance)
+            guided = teacher_noise(flow.transformer, noisy.repeat(2, 1, 1, 1), alpha_bar.repeat(2), *both)
+            target = torch.lerp(guided[batch_size:], guided[:batch_size], guidance)
         embeds = pipe.text_encoder(tokens).last_hidden_state
-        found = pipe.unet(noisy, timesteps.to(device), encoder_hidden_states=embeds).sample
+        prediction = pipe.unet(noisy, timesteps.to(device), encoder_hidden_states=embeds).sample
         weight = (1 / at).clamp(max=MOST_WEIGHT)  # an error of the clean latents counts 1 + SNR, as of a velocity
-        loss = (weight * (found - target).square()).mean()
+        loss = (weight * (prediction - target).square()).mean()
         plan = F.cross_entropy(head(middle.pop()).flatten(2), labels[rows].to(device))
         optimizer.zero_grad()
         (loss + 0.2 * (1 - progress) * plan).backward()  # its target varies, where the other does not
@@ -144,8 +144,8 @@ def train_diffusion(
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
         planning = 0.98 * planning + 0.02 * plan.item() if step else plan.item()
         if step % 100 == 0:
-            said = (step, recent, planning, rate, time.monotonic() - started)
-            log.info("diffusion step %d loss %.4f plan %.4f lr %.1e seconds %.0f", *said)
+            summary = (step, recent, planning, rate, time.monotonic() - started)
+            log.info("diffusion step %d loss %.4f plan %.4f lr %.1e seconds %.0f", *summary)
         if step % 1000 == 999:
             save_diffusion(pipe, averaged, folder)
     return save_diffusion(pipe, averaged, folder)

@@ -36,7 +36,7 @@ from visalign.worlds.shapes.text import MAX_TOKENS, make_tokenizer
 from .muon import MuonAndAdamW, follow, warmup_cosine
 
 log = logging.getLogger(__name__)
-LESSON_WEIGHTS = (0.05, 0.1, 0.12, 0.4, 0.18, 0.15)  # of KINDS: about as distinct held-out meanings fall
+TASK_WEIGHTS = (0.05, 0.1, 0.12, 0.4, 0.18, 0.15)  # of KINDS: about as distinct held-out meanings fall
 DEFAULTS = {"num_steps": 10, "guidance_scale": 1.0, "call_kwargs": {"max_sequence_length": 1}}
 
 
@@ -107,7 +107,7 @@ def make_latents(
     rng, tokenizer = np.random.default_rng(seed), make_tokenizer()
     latents, labels, texts = [], [], []
     for start in range(0, count, 128):
-        specs = [sample_spec(rng, weights=LESSON_WEIGHTS) for _ in range(min(128, count - start))]
+        specs = [sample_spec(rng, weights=TASK_WEIGHTS) for _ in range(min(128, count - start))]
         placed = [place(s, rng) for s in specs]
         labels.append(patch_labels(placed))
         pictures = draw(placed).to(vae.device)
@@ -189,8 +189,8 @@ def train_flow(
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
         planning = 0.98 * planning + 0.02 * plan.item() if step else plan.item()
         if step % 100 == 0:
-            said = (step, recent, planning, rate, time.monotonic() - started)
-            log.info("flow step %d loss %.4f plan %.4f lr %.1e seconds %.0f", *said)
+            summary = (step, recent, planning, rate, time.monotonic() - started)
+            log.info("flow step %d loss %.4f plan %.4f lr %.1e seconds %.0f", *summary)
         if step % 1000 == 999:
             save_flow(pipe, averaged, folder)
     return save_flow(pipe, averaged, folder)

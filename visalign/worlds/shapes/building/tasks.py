@@ -42,7 +42,7 @@ def near_miss(spec: Spec, rng: np.random.Generator) -> Spec:
 
 
 @dataclass
-class Lesson:
+class Task:
     """Training data: pictures (N, 3, 64, 64) uint8 of `specs`, their patch labels, and as many spoilt pictures.
 
     Scene 2k + 1 shows a near miss of scene 2k's meaning; spoilt picture k shows scene k with one object cut in two.
@@ -54,7 +54,7 @@ class Lesson:
     spoilt: Tensor
 
 
-def make_lesson(pairs: int, rng: np.random.Generator, split: str = "train") -> Lesson:
+def make_task(pairs: int, rng: np.random.Generator, split: str = "train") -> Task:
     """Draw `pairs` meanings of a split, each with a near miss (a training meaning), and what spoils them."""
     specs = []
     for _ in range(pairs):
@@ -63,7 +63,7 @@ def make_lesson(pairs: int, rng: np.random.Generator, split: str = "train") -> L
     placed = [place(s, rng) for s in specs]
     pictures = torch.cat([(draw(placed[i : i + 256]) * 255).byte() for i in range(0, len(placed), 256)])
     spoilt = torch.cat([spoil(placed[i : i + 256], rng) for i in range(0, len(placed), 256)])
-    return Lesson(specs, pictures, patch_labels(placed), spoilt)
+    return Task(specs, pictures, patch_labels(placed), spoilt)
 
 
 def train_miss(spec: Spec, rng: np.random.Generator) -> Spec:

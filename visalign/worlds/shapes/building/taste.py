@@ -86,6 +86,6 @@ def held_out(model: Any, head: TasteHead, split: str, count: int) -> tuple[float
     """Spearman's correlation and R^2 of the head on drawn scenes of a split; `model` gives tokens."""
     pictures, scores = tasted_scenes(count, np.random.default_rng(1), split)
     device = next(head.parameters()).device
-    found = head(model.visual((pictures.float() / 127.5 - 1).to(device))[1]).cpu()
-    explained = 1 - float((found - scores).square().mean() / scores.var(correction=0))
-    return float(stats.spearmanr(found, scores).statistic), explained
+    predicted = head(model.visual((pictures.float() / 127.5 - 1).to(device))[1]).cpu()
+    explained = 1 - float((predicted - scores).square().mean() / scores.var(correction=0))
+    return float(stats.spearmanr(predicted, scores).statistic), explained

@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from visalign.worlds.shapes.vlm import make_processor, make_vlm, patches, save_vlm
 
 from .muon import MuonAndAdamW, warmup_cosine
-from .tasks import Lesson, make_lesson, roughen
+from .tasks import Task, make_task, roughen
 from .vlm_tasks import AsideLosses, batch_of, turns
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def train_vlm(
         old = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
         model.load_state_dict(old.state_dict())
     aside = AsideLosses(model, processor).to(device)
-    lesson = make_lesson(pairs, rng)
+    task = make_task(pairs, rng)
     optimizer = MuonAndAdamW(model, aside.parameters(), betas=(0.9, 0.98))
     started = time.monotonic()
     recent: dict[str, float] = {}
@@ -59,17 +59,17 @@ def train_vlm(
         progress = max(step / steps, (time.monotonic() - started) / seconds)
         if progress >= 1:
             break
-        rows = torch.randint(len(lesson.specs), (batch_size,), generator=random).tolist()
-        asked, shown, counts = turns(lesson, rows, rng)
-        drawn = torch.stack([lesson.pictures[k] if k >= 0 else lesson.spoilt[-1 - k] for k in shown])
-        inputs, labels = batch_of(processor, asked, counts, device)
+        rows = torch.randint(len(task.specs), (batch_size,), generator=random).tolist()
+        rounds, places, counts = turns(task, rows, rng)
+        pictures = torch.stack([task.pictures[k] if k >= 0 else task.spoilt[-1 - k] for k in places])
+        inputs, labels = batch_of(processor, rounds, counts, device)
         logits = model(
             **inputs,
-            pixel_values=patches(roughen(drawn.to(device), random)),
-            image_grid_thw=torch.tensor([[1, 8, 8]] * len(shown), device=device),
+            pixel_values=patches(roughen(pictures.to(device), random)),
+            image_grid_thw=torch.tensor([[1, 8, 8]] * len(places), device=device),
         ).logits
         answers = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        losses = {"answers": answers} | aside(lesson, shown, counts, inputs["input_ids"])
+        losses = {"answers": answers} | aside(task, places, counts, inputs["input_ids"])
         optimizer.zero_grad()
         torch.stack([*losses.values()]).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,8 +77,8 @@ def train_vlm(
         for name, value in losses.items():
             recent[name] = 0.95 * recent.get(name, value.item()) + 0.05 * value.item()
         if step % 50 == 0:
-            said = " ".join(f"{name} {value:.3f}" for name, value in recent.items())
-            log.info("vlm step %d %s seconds %.0f", step, said, time.monotonic() - started)
+            answer = " ".join(f"{name} {value:.3f}" for name, value in recent.items())
+            log.info("vlm step %d %s seconds %.0f", step, answer, time.monotonic() - started)
         if step % 1000 == 999:
             save_vlm(model, processor, folder)
     save_vlm(model, processor, folder)
@@ -86,28 +86,28 @@ def train_vlm(
 
 
 @torch.no_grad()
-def accuracy(model: Any, processor: Any, lesson: Lesson, count: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Share of right answers to `count` held-out yes/no questions about a lesson's pictures, by kind and over "all"."""
+def accuracy(model: Any, processor: Any, task: Task, count: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Share of right answers to `count` held-out yes/no questions about a task's pictures, by kind and over "all"."""
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
     right: dict[str, list[bool]] = {}
     while sum(map(len, right.values())) < count:
-        rows = rng.integers(len(lesson.specs), size=64).tolist()
-        asked, shown, counts = turns(lesson, rows, rng)
-        asked = [[next((q for q in questions if q.kind != "describe"), questions[0])] for questions in asked]
-        drawn = torch.stack([lesson.pictures[k] if k >= 0 else lesson.spoilt[-1 - k] for k in shown])
-        inputs, labels = batch_of(processor, asked, counts)
-        grids = torch.tensor([[1, 8, 8]] * len(shown))
-        logits = model(**inputs, pixel_values=patches(roughen(drawn, random)), image_grid_thw=grids).logits
-        for n, ([question], taught) in enumerate(zip(asked, labels)):
+        rows = rng.integers(len(task.specs), size=64).tolist()
+        rounds, places, counts = turns(task, rows, rng)
+        rounds = [[next((q for q in questions if q.kind != "describe"), questions[0])] for questions in rounds]
+        pictures = torch.stack([task.pictures[k] if k >= 0 else task.spoilt[-1 - k] for k in places])
+        inputs, labels = batch_of(processor, rounds, counts)
+        grids = torch.tensor([[1, 8, 8]] * len(places))
+        logits = model(**inputs, pixel_values=patches(roughen(pictures, random)), image_grid_thw=grids).logits
+        for n, ([question], taught) in enumerate(zip(rounds, labels)):
             if question.answer in ("Yes", "No"):
                 place = int((taught != -100).nonzero()[0]) - 1
-                said = "Yes" if logits[n, place, yes] > logits[n, place, no] else "No"
-                right.setdefault(question.kind, []).append(said == question.answer)
+                answer = "Yes" if logits[n, place, yes] > logits[n, place, no] else "No"
+                right.setdefault(question.kind, []).append(answer == question.answer)
     every = [r for kind in right.values() for r in kind]
     return {kind: float(np.mean(r)) for kind, r in sorted(right.items())} | {"all": float(np.mean(every))}
 
 
-def held_out_lesson(pairs: int, seed: int = 0, split: str = "test") -> Lesson:
+def held_out_task(pairs: int, seed: int = 0, split: str = "test") -> Task:
     """Scenes of a split that no model was trained on, each with a near miss, whose meaning is a training one."""
-    return make_lesson(pairs, np.random.default_rng(seed), split)
+    return make_task(pairs, np.random.default_rng(seed), split)

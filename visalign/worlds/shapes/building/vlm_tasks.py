@@ -13,44 +13,42 @@ from visalign.worlds.shapes.questions import BETTER, SAME, WHOLE, Question, ask
 from visalign.worlds.shapes.scenes import COLOURS, RELATIONS, SHAPES, Spec
 from visalign.worlds.shapes.vlm import merge_order
 
-from .tasks import Lesson, content
+from .tasks import Task, content
 
 
-def turns(
-    lesson: Lesson, rows: list[int], rng: np.random.Generator
-) -> tuple[list[list[Question]], list[int], list[int]]:
+def turns(task: Task, rows: list[int], rng: np.random.Generator) -> tuple[list[list[Question]], list[int], list[int]]:
     """Questions for each row of a batch, the pictures they are about, and how many pictures each row has.
 
-    Pictures are numbers into lesson.pictures, or -1 - k for spoilt picture k.
+    Pictures are numbers into task.pictures, or -1 - k for spoilt picture k.
     """
-    asked: list[list[Question]] = []
+    rounds: list[list[Question]] = []
     pictures: list[int] = []
     counts: list[int] = []
     number = int(rng.choice([1, 4, 7]))  # questions in turn; one number a batch, so that little is padded
     for row in rows:
-        spec, miss, chance = lesson.specs[row], lesson.specs[row ^ 1], rng.random()
+        spec, miss, chance = task.specs[row], task.specs[row ^ 1], rng.random()
         if chance < 0.1:  # two pictures: the same meaning or not, or which one shows a caption
             second = row if rng.random() < 0.5 else row ^ 1
             if rng.random() < 0.5:
-                asked.append([Question("same", SAME, "Yes" if second == row else "No")])
+                rounds.append([Question("same", SAME, "Yes" if second == row else "No")])
             else:
                 second = row ^ 1
                 better = rng.random() < 0.5
-                said = lesson.specs[second if better else row]
-                asked.append([Question("better", BETTER.format(caption(said, rng)), "Yes" if better else "No")])
+                described = task.specs[second if better else row]
+                rounds.append([Question("better", BETTER.format(caption(described, rng)), "Yes" if better else "No")])
             pictures += [row, second]
             counts.append(2)
         elif chance < 0.2:
             spoilt = rng.random() < 0.5
             pictures.append(-1 - row if spoilt else row)
-            asked.append([Question("whole", WHOLE, "No" if spoilt else "Yes")])
+            rounds.append([Question("whole", WHOLE, "No" if spoilt else "Yes")])
             counts.append(1)
         else:
             pictures.append(row)
             distinct = {q.text: q for q in (ask(spec, miss, rng) for _ in range(number))}.values()
-            asked.append(sorted(distinct, key=lambda q: q.kind == "describe"))  # last: it gives the others away
+            rounds.append(sorted(distinct, key=lambda q: q.kind == "describe"))  # last: it gives the others away
             counts.append(1)
-    return asked, pictures, counts
+    return rounds, pictures, counts
 
 
 def conversation(processor: Any, questions: list[Question], pictures: int) -> tuple[list[int], list[int]]:
@@ -69,10 +67,10 @@ def conversation(processor: Any, questions: list[Question], pictures: int) -> tu
 
 
 def batch_of(
-    processor: Any, asked: list[list[Question]], counts: list[int], device: str = "cpu"
+    processor: Any, rounds: list[list[Question]], counts: list[int], device: str = "cpu"
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs without pixels and labels (N, T) of a batch, padded on the right."""
-    rows = [conversation(processor, questions, count) for questions, count in zip(asked, counts)]
+    rows = [conversation(processor, questions, count) for questions, count in zip(rounds, counts)]
     longest = max(len(ids) for ids, _ in rows)
     pad = processor.tokenizer.pad_token_id
     ids = torch.tensor([i + [pad] * (longest - len(i)) for i, _ in rows], device=device)
@@ -113,19 +111,19 @@ class AsideLosses(nn.Module):
         colour, shape = self.colour[ids].roll(1, 1), self.shape[ids]
         return torch.where((colour >= 0) & (shape >= 0), colour * len(SHAPES) + shape, -1)
 
-    def forward(self, lesson: Lesson, shown: list[int], counts: list[int], ids: Tensor) -> dict[str, Tensor]:
-        clean = torch.tensor([k >= 0 for k in shown], device=ids.device)
-        known = merge_order(lesson.labels[[max(k, 0) for k in shown]]).to(ids.device)
-        plan = self.patch(self.seen.pop("patches")).view(len(shown), 64, -1)[clean]
+    def forward(self, task: Task, places: list[int], counts: list[int], ids: Tensor) -> dict[str, Tensor]:
+        clean = torch.tensor([k >= 0 for k in places], device=ids.device)
+        known = merge_order(task.labels[[max(k, 0) for k in places]]).to(ids.device)
+        plan = self.patch(self.seen.pop("patches")).view(len(places), 64, -1)[clean]
         losses = {"patches": F.cross_entropy(plan.flatten(0, 1), known[clean].flatten())}
-        losses["words"] = self.word_loss(self.seen.pop("merged").view(len(shown), 16, -1)[clean], known[clean])
+        losses["words"] = self.word_loss(self.seen.pop("merged").view(len(places), 16, -1)[clean], known[clean])
         words, cells = self.seen.pop("words"), self.named(ids)
         first = [sum(counts[:n]) for n in range(len(counts))]
-        cells[[n for n, count in enumerate(counts) if count > 1 or shown[first[n]] < 0]] = -1
+        cells[[n for n, count in enumerate(counts) if count > 1 or places[first[n]] < 0]] = -1
         row, place = (cells >= 0).nonzero(as_tuple=True)
         if len(row) == 0:
             return losses
-        specs = [lesson.specs[max(shown[k], 0)] for k in first]
+        specs = [task.specs[max(places[k], 0)] for k in first]
         cell, hidden = cells[row, place], words[row, place]
         there = content(specs)[0].to(ids.device)[row, cell]
         sides = torch.tensor([side_of(specs[n], c) for n, c in zip(row.tolist(), cell.tolist())], device=ids.device)
@@ -139,8 +137,8 @@ class AsideLosses(nn.Module):
 
         known: (N, 64) patch labels, in the order of `patches`. Cosines times ten are the logits.
         """
-        shown = known.view(-1, 16, 4).amax(-1)
-        tokens, cell = F.normalize(merged[shown > 0], dim=-1), shown[shown > 0] - 1
+        present = known.view(-1, 16, 4).amax(-1)
+        tokens, cell = F.normalize(merged[present > 0], dim=-1), present[present > 0] - 1
         losses = []
         for words, target in ((self.colour_words, cell // len(SHAPES)), (self.shape_words, cell % len(SHAPES))):
             losses.append(F.cross_entropy(10 * tokens @ F.normalize(self.embeddings[0][words], dim=-1).T, target))

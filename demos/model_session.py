@@ -20,15 +20,15 @@ from visalign.search import METHODS, Event, events_of, prepare
 from visalign.training.policy import check_lora_fits
 from visalign.worlds import resolve_model
 
-from .asked import BASE, MOST_BUDGET, PLAIN, Asked, Reading, Side
 from .files import run_names
 from .jobs import Job, Stopped
+from .requests import BASE, MOST_BUDGET, PLAIN, DrawRequest, Reading, Side
 from .settings import Settings
 
 MOST_RUNS = 12  # whose LoRAs are offered
 
 
-class Workshop:
+class ModelSession:
     """The model and the rewards, loaded once. One thread at a time draws or scores; others wait."""
 
     def __init__(self, settings: Settings) -> None:
@@ -71,30 +71,30 @@ class Workshop:
                 self._rewards[name] = make_reward(self.specs[name])
             return self._rewards[name]
 
-    def draw(self, side: Side, asked: Asked, job: Job) -> Tensor:
+    def draw(self, side: Side, request: DrawRequest, job: Job) -> Tensor:
         """The pictures (count, 3, H, W) in [0, 1] of one side, on the CPU.
 
         Raises:
             Stopped: the job was told to stop; of a search that has found something, what it has found is returned.
         """
-        with self.at_work(asked, side, job) as generator:
+        with self.at_work(request, side, job) as generator:
             if side.search == PLAIN:
-                total = asked.steps
+                total = request.steps
                 with watched(generator, job, lambda calls: job.report(f"drawing, step {min(calls, total)} of {total}")):
-                    return sample(generator, [asked.prompt] * asked.count, asked.seeds).cpu()
-            found: list[Tensor] = []
-            for seed in asked.seeds:
-                image = self._found(generator, side, asked, seed, job)
-                found += [] if image is None else [image]
+                    return sample(generator, [request.prompt] * request.count, request.seeds).cpu()
+            images: list[Tensor] = []
+            for seed in request.seeds:
+                image = self._found(generator, side, request, seed, job)
+                images += [] if image is None else [image]
                 if job.halt.is_set():
                     break
-            if not found:
+            if not images:
                 raise Stopped
-            return torch.cat(found)
+            return torch.cat(images)
 
-    def _found(self, generator: Generator, side: Side, asked: Asked, seed: int, job: Job) -> Tensor | None:
+    def _found(self, generator: Generator, side: Side, request: DrawRequest, seed: int, job: Job) -> Tensor | None:
         best = None
-        for event in self.search(generator, side.search, side.reward, asked.prompt, seed, side.budget, job):
+        for event in self.search(generator, side.search, side.reward, request.prompt, seed, side.budget, job):
             best = event.best or best
             value = f", best {best.reward:.3f}" if best else ""
             job.report(f"{side.search}: {event.nfe} of {side.budget} calls{value}", event.nfe / side.budget)
@@ -127,10 +127,10 @@ class Workshop:
             yield event
 
     @contextmanager
-    def at_work(self, asked: Asked, side: Side, job: Job) -> Iterator[Generator]:
+    def at_work(self, request: DrawRequest, side: Side, job: Job) -> Iterator[Generator]:
         """The model as asked for, held until the end; others wait, and are told so."""
         with self._held(job):
-            self._set_up(asked)
+            self._set_up(request)
             name = None if side.variant == BASE else side.variant
             if name in self.offered and name not in self.variants.names:
                 self.variants.add(name, self.offered[name])
@@ -139,12 +139,12 @@ class Workshop:
 
     def score(self, names: Sequence[str], images: Tensor, prompt: str, job: Job) -> dict[str, list[Reading]]:
         """What these rewards say of pictures (N, 3, H, W) of one prompt, N readings each."""
-        found = {}
+        readings = {}
         for name in names:
             with self._held(job):
                 job.report(f"scoring by {name}")
-                found[name] = read(self.reward(name), images, prompt)
-        return found
+                readings[name] = read(self.reward(name), images, prompt)
+        return readings
 
     def score_pictures(self, reward: Reward, pictures: Sequence[Any], prompt: str, job: Job) -> list[Reading]:
         """As `score`, of RGB pictures of any sizes."""
@@ -161,15 +161,15 @@ class Workshop:
         finally:
             self._lock.release()
 
-    def _set_up(self, asked: Asked) -> None:
+    def _set_up(self, request: DrawRequest) -> None:
         """The generator with the steps and the guidance asked for; one at a time drives the pipeline."""
-        guidance = asked.guidance if self.guided else self.own_guidance
+        guidance = request.guidance if self.guided else self.own_guidance
         old = self.generator
-        if (old.num_steps, old.guidance_scale) == (asked.steps, guidance):
+        if (old.num_steps, old.guidance_scale) == (request.steps, guidance):
             return
         old.close()
         self.generator = Generator(
-            old.pipeline, num_steps=asked.steps, guidance_scale=guidance, calibrate=False, **old.call_kwargs
+            old.pipeline, num_steps=request.steps, guidance_scale=guidance, calibrate=False, **old.call_kwargs
         )
 
 
@@ -217,20 +217,20 @@ def offered(settings: Settings, model: Path) -> dict[str, Path]:
     Raises:
         ValueError: one that was asked for does not fit.
     """
-    found: dict[str, Path] = {}
+    variants: dict[str, Path] = {}
     for folder in map(Path, settings.loras):
         if not (folder / "config.json").is_file():
             check_lora_fits(folder, model)
-        found[name_of_folder(folder, list(found))] = folder
+        variants[name_of_folder(folder, list(variants))] = folder
     for run in run_names(settings.runs)[:MOST_RUNS]:
         folder = settings.runs / run / "lora"
         try:
             check_lora_fits(folder, model)
         except ValueError:
             continue  # another model's, or none
-        if folder.resolve() not in [known.resolve() for known in found.values()]:
-            found[name_of_folder(folder, list(found))] = folder
-    return found
+        if folder.resolve() not in [known.resolve() for known in variants.values()]:
+            variants[name_of_folder(folder, list(variants))] = folder
+    return variants
 
 
 def name_of_folder(folder: Path, taken: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DrawRequest:
     """What is drawn: a prompt from seeds that count up, with the model's settings.
 
     Raises:
