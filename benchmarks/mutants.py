@@ -37,13 +37,19 @@ import pytest  # after the number of threads is set
 ROOT = Path(__file__).resolve().parent.parent
 PURE = "not (first_adjoint or belong or smoothing or diffusion or updates or every or wrong)"  # those without a model
 PICTURES = "saturation or contrast or frequency or border or grid or statistics or cosine or even_pictures"
+PATHS = "not shipped and not rounds and not budget"
 ROOMS = {  # files of pure functions -> what tests them, as arguments of pytest; the first that fits counts
     "visalign/advantages/*.py": ["tests/advantages"],
     "visalign/objectives/adjoint.py": ["tests/trainers/test_adjoint_matching.py", "-k", PURE],
     "visalign/objectives/policy_gradient.py": ["tests/objectives/test_policy_gradient.py"],
     "visalign/objectives/rebel.py": ["tests/objectives/test_rebel.py"],
     "visalign/objectives/*.py": ["tests/objectives/test_reward_gradient.py"],
-    "visalign/transitions/interpolant.py": ["tests/search/noise/test_search_rollover.py", "tests/transitions"],
+    "visalign/transitions/interpolant.py": [
+        "tests/transitions",
+        "tests/search/noise/test_search_rollover.py",
+        "-k",
+        PATHS,
+    ],
     "visalign/transitions/memoryless.py": ["tests/trainers/test_adjoint_matching.py", "-k", PURE],
     "visalign/transitions/*.py": ["tests/transitions"],
     "visalign/statistics/pictures.py": ["tests/training/test_monitor.py", "-k", PICTURES],
@@ -62,6 +68,8 @@ ROOMS = {  # files of pure functions -> what tests them, as arguments of pytest;
 EQUIVALENT = {  # judged one by one: no test could tell them from the original, and why
     "visalign/advantages/tree.py:keep_by_width: True -> False": "on the CPU torch sorts stably either way",
     "visalign/objectives/reward_gradient.py:augment: mirror < 0.5 -> mirror <= 0.5": "differs for a draw of 0.5 itself",
+    "visalign/objectives/reward_gradient.py:augment: -2 -> 2": "the last two of four sides either way",
+    "visalign/transitions/consistency.py:consistency_step: 1 -> 2": "of the bounds: the term they keep out is 0 there",
     "visalign/statistics/pictures.py:_hann: length > 1 -> length >= 1": "the window of one pixel is 1",
     "visalign/search/particles/resampling.py:ssp: draws[other] * (up + down) < down -> draws[other] * (up + down) <= "
     "down": "differs for a draw on the bound itself",

@@ -550,5 +550,11 @@ def test_crops_have_every_size_and_place_that_they_may_have():
     assert place.min() < 0.05 and place.max() > 0.95 and abs(place.mean() - 0.5) < 0.06
     down = rg.augment(ramp.transpose(2, 3), range(300), crop=0.5, noise=0.0)
     assert torch.allclose(down.amax((1, 2, 3)) - down.amin((1, 2, 3)), size, atol=0.02)
+    pixels = 63 * 64 * (cut[:, 0, 0, 33] - cut[:, 0, 0, 31]) / 2  # half-pixel centres: the slope is the part's share
+    assert (pixels - pixels.round()).abs().max() < 0.05
     flipped = rg.augment(ramp, range(300), crop=1.0, noise=0.0, flip=True)
     assert 0.4 < (flipped[:, 0, 0, 0] > flipped[:, 0, 0, -1]).double().mean() < 0.6
+
+
+def test_the_gaussian_cut_of_few_steps_may_be_any_but_the_first():
+    assert {rg.draw_cut("gaussian", 3, seeded(k)) for k in range(200)} == {1, 2}

@@ -527,3 +527,12 @@ def test_names_of_transitions_are_checked_before_anything_runs():
         check_transition("sampler", "cpd", ["cps", "ddim"])
     with pytest.raises(ValueError, match="sampler: "):
         check_transition("sampler", "missing_file.py:Step", ["cps", "ddim"])
+
+
+def test_a_consistency_step_between_the_extremes_fills_the_noise_level_as_ddim_does():
+    """Half of the noise is drawn; the mean has sqrt(1 - 1/4) of that which the estimate implies."""
+    x, output = randn(1, 4), randn(1, 4, seed=1)
+    step, denoised = consistency_step(x, output, 0.05, 0.3, 0.6, eta=0.5)
+    implied = (x - math.sqrt(0.3) * denoised) / math.sqrt(0.7)
+    torch.testing.assert_close(step.mean, math.sqrt(0.6) * denoised + math.sqrt(0.4 * 0.75) * implied)
+    assert step.std.item() == pytest.approx(0.5 * math.sqrt(0.4))
