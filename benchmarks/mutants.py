@@ -53,6 +53,7 @@ ROOMS = {  # files of pure functions -> what tests them, as arguments of pytest;
     "visalign/transitions/memoryless.py": ["tests/trainers/test_adjoint_matching.py", "-k", PURE],
     "visalign/transitions/*.py": ["tests/transitions"],
     "visalign/statistics/pictures.py": ["tests/training/test_monitor.py", "-k", PICTURES],
+    "visalign/statistics/bootstrap.py": ["tests/evaluation/test_eval_results.py"],
     "visalign/statistics/*.py": ["tests/statistics"],
     "visalign/sampling/windows.py": ["tests/sampling/test_windows.py"],
     "visalign/sampling/noising.py": ["tests/objectives/test_reward_gradient.py"],
@@ -73,7 +74,11 @@ EQUIVALENT = {  # judged one by one: no test could tell them from the original, 
     "visalign/statistics/pictures.py:_hann: length > 1 -> length >= 1": "the window of one pixel is 1",
     "visalign/search/particles/resampling.py:ssp: draws[other] * (up + down) < down -> draws[other] * (up + down) <= "
     "down": "differs for a draw on the bound itself",
+    "visalign/search/particles/resampling.py:resample: effective_sample_size(log_weights) >= len(weights) * (1 - "
+    "ALL_EQUAL) -> effective_sample_size(log_weights) > len(weights) * (1 - ALL_EQUAL)": "differs on the bound itself",
+    "visalign/search/tree/rules.py:boltzmann: values - top -> values + top": "shares do not see a shift of all values",
     "rewards/aggregate.py:correlation_weighted: combined.mean() -> combined.sum()": "each group sums to 0: both are",
+    "rewards/groups/sets.py:frechet_distance: mixed.detach() -> mixed": "a threshold passes no gradient",
     "rewards/groups/sets.py:vendi_score: 0 -> 1": "the wider of two matrices of the same eigenvalues that are not 0",
 }
 BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}

@@ -280,3 +280,9 @@ def test_every_transform_can_be_read():
     for name in TRANSFORMS:
         (transform,) = read_transforms({"name": name, **options.get(name, {})})
         assert transform.name == name
+
+
+def test_a_discount_moves_a_range_to_0_from_either_side():
+    (transform,) = read_transforms("discount")
+    assert [transform.bounds(ends) for ends in ((2.0, 5.0), (-3.0, -1.0), (-3.0, 5.0))] == [(0, 5), (-3, 0), (-3, 5)]
+    assert read_transforms({"name": "lower_bound"})[0].bounds((2.0, 5.0)) == (-torch.inf, 5)

@@ -55,6 +55,7 @@ def test_kendall_is_of_groups_that_can_be_ordered():
     truth = np.array([[0, 1, 2], [0, 1, 2], [1, 1, 1], [0, 0, 1]])
     scores = np.array([[1, 2, 3], [3, 2, 1], [1, 2, 3], [5, 5, 5]])
     assert kendall_within(truth, scores) == pytest.approx((1 - 1 + 0) / 3)  # the third group says nothing
+    assert kendall_within(truth[:2] / 4, scores[[0, 0]] / 4) == 1  # however small the differences
     tied = kendall_within(np.array([[0, 0, 1]]), np.array([[0, 1, 2]]))
     assert tied == pytest.approx(2 / (2 * 3) ** 0.5)  # C = 2 of 3 pairs, one of them a tie of the truth
     assert np.isnan(kendall_within(np.ones((2, 3)), scores[:2]))

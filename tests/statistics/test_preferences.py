@@ -73,3 +73,13 @@ def test_at_the_top_the_pull_of_the_votes_is_that_of_the_prior(prior):
     # of the difference of both, whose curvature is that of the votes twice over and of the prior
     spread = 1.959964 / np.sqrt(2 * (2 * 40 * chance * (1 - chance) + 1 / prior**2))
     assert found.high[0] - strength == pytest.approx(spread, rel=1e-4) == strength - found.low[0]
+
+
+@pytest.mark.parametrize("wins", [10, 8])
+def test_virtual_games_pull_to_0_as_votes_do_and_narrow_the_interval(wins):
+    found = bradley_terry([0] * 10, [1] * 10, [1] * wins + [0] * (10 - wins), 2, prior=np.inf, virtual_games=1.5)
+    strength = found.values[0]
+    chance, own = 1 / (1 + np.exp(-2 * strength)), 1 / (1 + np.exp(-strength))
+    assert wins - 10 * chance == pytest.approx(1.5 * (2 * own - 1), abs=1e-5)
+    spread = 1.959964 / np.sqrt(2 * (2 * 10 * chance * (1 - chance) + 2 * 1.5 * own * (1 - own)))
+    assert found.high[0] - strength == pytest.approx(spread, rel=1e-4)

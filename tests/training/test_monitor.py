@@ -126,6 +126,15 @@ def test_statistics_pass_no_gradient_and_two_pixels_a_side_have_no_detail():
     assert high_frequency(wave).item() > 0.9  # one row has no window across it
 
 
+def test_statistics_leave_out_the_cutoff_itself_and_what_is_rounding():
+    wave = torch.cos(torch.pi / 2 * torch.arange(64)).expand(1, 3, 1, 64) / 2 + 0.5  # of the cutoff's frequency
+    assert high_frequency(wave).item() == pytest.approx(
+        1 / 6, abs=0.02
+    )  # a Hann window's upper neighbour: 1 of 1, 4, 1
+    assert high_frequency(0.5 + 1e-6 * noise(1, 64)).item() == 0
+    assert embed_pixels(noise(2, 16))[:, -1].tolist() == pytest.approx([0.01, 0.01])
+
+
 def test_bad_arguments_of_statistics_are_named():
     with pytest.raises(ValueError, match=r"period: got 8, expected within 2 to half the side \(15 pixels\)"):
         grid_energy(noise(1, 15), 8)

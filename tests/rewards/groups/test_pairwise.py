@@ -289,3 +289,10 @@ def test_a_judge_is_a_function_a_file_a_reward_or_what_a_reward_compares_with(tm
 def test_options_that_cannot_work_are_refused_before_anything_loads(options, says):
     with pytest.raises(ValueError, match=says):
         parse_spec("win_rate", **options)
+
+
+def test_all_pairs_of_three_go_round_and_verdicts_pass_no_gradient():
+    assert all_pairs(3) == [(0, 1), (2, 0), (1, 2)]
+    images = shades(0.2, 0.6).requires_grad_()
+    verdicts = ask_both(brightness_judge, images[:1], images[1:], ["a"])
+    assert not verdicts.forward.requires_grad

@@ -254,3 +254,7 @@ def test_the_split_starts_from_the_better_of_the_two_sets():
 def test_of_two_equal_samples_the_first_goes_to_the_better_set():
     first, second = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 2.0])
     assert split_by_score(first, second).tolist() == [False, True, False]
+
+
+def test_two_samples_a_set_are_enough_for_the_kernel_distance():
+    assert kernel_distance(A[:2], B[:2]).isfinite()

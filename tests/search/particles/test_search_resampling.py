@@ -126,3 +126,8 @@ def test_the_soft_mean_goes_from_the_mean_to_the_maximum():
     assert tilts == sorted(tilts) and tilts[0] == pytest.approx(math.log(3) / 2) == pytest.approx(tilts[1], abs=1e-5)
     assert tilts[-1] == pytest.approx(math.log(3)) == pytest.approx(tilts[-2], abs=1e-3)
     assert float(log_mean_exp(torch.tensor([1e4, 1e4]))) == pytest.approx(1e4)
+
+
+def test_points_find_the_first_weight_that_exceeds_them_whatever_the_sum():
+    points = torch.tensor([0.0, 0.24, 0.26, 0.6, 1.0], dtype=torch.float64)
+    assert _invert(torch.tensor([0.5, 0.5, 1.0, 0.0]).double(), points).tolist() == [0, 0, 1, 2, 2]
