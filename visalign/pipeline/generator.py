@@ -3,6 +3,9 @@
 There are no model adapters. The pipeline's own `__call__` runs, with a stand-in for its scheduler that hands every
 step to a function of the caller; steps that are not wanted are passed with the denoiser stubbed out. So conditioning,
 guidance, packing and decoding are the pipeline's own, in rollouts and in training alike.
+
+The heart is an iterator, `stepping.Timesteps.__iter__`: the pipeline loops over its scheduler's timesteps, and so asks
+us before each step, on which `loop.LoopRun` decides.
 """
 
 import warnings

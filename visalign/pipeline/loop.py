@@ -52,6 +52,8 @@ class LoopRun:
         self._handed = (state, handed)
 
     def order(self, first: int, count: int) -> Iterator[int]:
+        # A call that takes no latents has drawn its own by now. The first step is then run once more than the loop has:
+        # stubbed, for nothing, so that what its `step` returns, and the next one begins with, is the state of ours.
         if first in self.states and self._handed is None:
             self._handover = True
             yield first
@@ -68,6 +70,8 @@ class LoopRun:
             self.stubs.off()
         if not runs and step_index is not None or self.stub_all:
             self.stubs.on(self.denoisers)
+        # `__call__` runs under no_grad, but the mode is the thread's, not the frame's: set here, it holds for what the
+        # pipeline does until the next step, which is how gradients pass through a call that means to have none.
         if step_index is None:  # what follows is decoding
             torch.set_grad_enabled(self.grad and self.latents is not None and self.latents.requires_grad)
         else:

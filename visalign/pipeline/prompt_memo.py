@@ -94,6 +94,7 @@ class PromptMemo:
             if isinstance(out, tuple):
                 self._negatives.setdefault(key, out)
             return out
+        # Guided encoders encode the negative prompt anew beside each prompt: twice the work for the same half.
         negative = self._negatives[key]
         positive = self._remember({**arguments, "do_classifier_free_guidance": False})
         if not isinstance(positive, tuple) or len(positive) != len(negative):
@@ -110,6 +111,8 @@ class PromptMemo:
         joined = [_join(list(values)) for values in slots]
         if any(out is None and values[0] is not None for out, values in zip(joined, slots)):
             return None
+        # Rows of different lengths are padded as the encoder itself pads a batch, which no signature tells: the first
+        # such batch is also encoded as it stands, and rows are put together from then on only if the two agree.
         if not any(_is_ragged(values) for values in slots):
             return tuple(joined)
         if self._ragged is None:

@@ -79,6 +79,8 @@ class Timesteps(Tensor):
         return Timesteps.of(self.as_subclass(Tensor).to(*args, **kwargs), self.control, self.offset)
 
     def __iter__(self) -> Iterator[Tensor]:
+        # The pipeline's `for t in timesteps` comes here. Yielding some steps alone is how others are left out, and what
+        # runs between two yields is the pipeline's own step: what it does there, it does as in a stock call.
         plain = self.as_subclass(Tensor)
         for index in self.control.order(self.offset, len(plain)):
             self.control.enter(index)

@@ -154,7 +154,7 @@ def _move(walk: Walk, reward: float, steps: int, state: Rollover) -> None:
         if can_move:
             state.rollovers += 1
             walk.go(walk.quota - walk.spent + state.quota)
-    elif can_move and walk.spent % walk.quota == 0:
+    elif can_move and walk.spent % walk.quota == 0:  # forced: the quota is gone, and nothing rolls over
         state.forced += 1
         walk.go(state.quota)
     walk.spent += 1

@@ -4,9 +4,14 @@ Jain, Sareen, Pedramfar and Ravanbakhsh 2025, arXiv:2506.20701, section 4 and al
 "root" is taken to stand above the initial noise, and several rollouts at a time are reconstructed from one sentence.
 """
 
+import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,43 +24,27 @@ from .rollout import affordable, cheapest, roll_out
 from .rules import Rules, uct, widening_bound
 from .tree import Tree
 
+SHARED = (
+    "leaves_at_once",
+    "standardize",
+    "cache",
+    "reward_guidance",
+    "guidance_start",
+    "clip",
+)  # Rules' too
 FEW_STEPS = 8  # up to here every step branches
 IDLE = 10_000  # selections in a row, all of scored leaves, after which a search ends: its bound lets no child in
 
 
-def dts(
-    chain: Chain,
-    *,
-    tilt: float = 1.0,
-    widening: float | None = None,
-    exponent: float | None = None,
-    branch_at: Sequence[int] | None = None,
-    allocation: str = "boltzmann",
-    epsilon: float | None = None,
-    leaves_at_once: int = 1,
-    standardize: int = 0,
-    cache: bool = False,
-    reward_guidance: float = 0.0,
-    guidance_start: float = 0.2,
-    clip: float | None = 1.0,
-    weighted: bool = True,
-    iterations: int | None = None,
-    folder: str | Path | None = None,
-    save_every: int = 100,
-) -> Iterator[Event]:
-    """Diffusion tree sampling: a tree whose leaves, drawn by its values, have the law of the base times exp(tilt r).
+@dataclass(frozen=True)
+class Growth:
+    """Options that both ways of growing a tree have.
 
-    Anytime. The events' state is the `Tree`, which goes on growing; draw from it with `draw_leaves`. There is an event
-    after each batch in which something was rolled out: to select a scored leaf costs nothing and changes visits alone.
-
-    Args:
-        tilt: inverse temperature in [0, infinity].
+    Attributes:
         widening, exponent: C and alpha of the bound C N^alpha of a node's children. None: 1 and 0.5 for budgets below
             100 full samples, where larger ones leave no rollout for the branches; else 2 and 0.8.
         branch_at: steps whose states may branch, besides the root. None: where 80, 60, 40 and 20 percent of the steps
             remain, or every step with 8 or fewer; less those whose branches would be copies.
-        allocation: the child descended to: "boltzmann", by values as in the paper; "least_visited", for calibrated
-            draws; "mixed", by values but for an `epsilon` share of uniform choices (None: 0.3).
         leaves_at_once: rollouts made together, faster and blind to each other; 1 is the paper's.
         standardize: this many rollouts first all start at the root; the tilt is divided by their rewards' spread.
         cache: keep the predictions at branching states: further children there cost one prediction less, and memory.
@@ -63,11 +52,64 @@ def dts(
             reward of the estimate of x0, at one backward pass a step; 0: none, 1: the step tilted, were it linear.
         guidance_start: the share of the steps before which none is shifted: estimates of x0 are vague there.
         clip: bound on a shift, in units of the step's noise; None: none.
-        weighted: guided children weigh p / q, so that draws have the tilted law still. The weights spread as latents
-            grow, and soon one child has all; False is the published heuristic, whose draws lean further.
         iterations: stop after so many selections, rounded up to whole batches; None: when the budget is spent.
         folder: where the tree is saved every `save_every` iterations and at the end; one that lies there is
             continued, its spending included, and gives what one long search would have given.
+    """
+
+    widening: float | None = None
+    exponent: float | None = None
+    branch_at: Sequence[int] | None = None
+    leaves_at_once: int = 1
+    standardize: int = 0
+    cache: bool = False
+    reward_guidance: float = 0.0
+    guidance_start: float = 0.2
+    clip: float | None = 1.0
+    iterations: int | None = None
+    folder: str | Path | None = None
+    save_every: int = 100
+
+
+def _with_growth(search: Callable[..., Iterator[Event]]) -> Callable[..., Iterator[Event]]:
+    """A search (chain, growth, *, own options) as one that takes Growth's fields by keyword beside its own."""
+    chain, _, *own = inspect.signature(search).parameters.values()
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in dataclasses.fields(Growth)
+    ]
+
+    @functools.wraps(search)
+    def merged(chain: Chain, **options: Any) -> Iterator[Event]:
+        growth = Growth(**{p.name: options.pop(p.name) for p in shared if p.name in options})
+        return search(chain, growth, **options)
+
+    merged.__signature__ = inspect.Signature([chain, *own, *shared])  # type: ignore[attr-defined]
+    return merged
+
+
+@_with_growth
+def dts(
+    chain: Chain,
+    growth: Growth,
+    *,
+    tilt: float = 1.0,
+    allocation: str = "boltzmann",
+    epsilon: float | None = None,
+    weighted: bool = True,
+) -> Iterator[Event]:
+    """Diffusion tree sampling: a tree whose leaves, drawn by its values, have the law of the base times exp(tilt r).
+
+    Anytime. The events' state is the `Tree`, which goes on growing; draw from it with `draw_leaves`. There is an event
+    after each batch in which something was rolled out: to select a scored leaf costs nothing and changes visits alone.
+
+    Args:
+        growth: `Growth`'s fields, by keyword.
+        tilt: inverse temperature in [0, infinity].
+        allocation: the child descended to: "boltzmann", by values as in the paper; "least_visited", for calibrated
+            draws; "mixed", by values but for an `epsilon` share of uniform choices (None: 0.3).
+        weighted: guided children weigh p / q, so that draws have the tilted law still. The weights spread as latents
+            grow, and soon one child has all; False is the published heuristic, whose draws lean further.
 
     Raises:
         ValueError: options that cannot work, or a folder with another search.
@@ -77,77 +119,33 @@ def dts(
     if epsilon is not None and allocation != "mixed":
         raise ValueError(f"epsilon: got {epsilon} with allocation {allocation!r}, expected 'mixed'")
     epsilon = (0.3 if epsilon is None else epsilon) if allocation == "mixed" else 0.0
-    rules = Rules(
-        chain.num_steps,
-        _branches(chain, branch_at),
-        tilt,
-        *_widths(chain, widening, exponent),
-        selection=allocation,
-        epsilon=epsilon,
-        leaves_at_once=leaves_at_once,
-        standardize=standardize,
-        cache=cache,
-        reward_guidance=reward_guidance,
-        guidance_start=guidance_start,
-        clip=clip,
-        weighted=weighted,
-    )
-    file = TreeFile(chain, "dts", folder, save_every, {"widening": widening, "exponent": exponent})
-    yield from _grow(chain, rules, file, iterations)
+    yield from _grow(chain, "dts", growth, tilt, selection=allocation, epsilon=epsilon, weighted=weighted)
 
 
-def dts_star(
-    chain: Chain,
-    *,
-    tilt: float = 10.0,
-    widening: float | None = None,
-    exponent: float | None = None,
-    branch_at: Sequence[int] | None = None,
-    c_uct: float = 0.0,
-    leaves_at_once: int = 1,
-    standardize: int = 0,
-    cache: bool = False,
-    reward_guidance: float = 0.0,
-    guidance_start: float = 0.2,
-    clip: float | None = 1.0,
-    iterations: int | None = None,
-    folder: str | Path | None = None,
-    save_every: int = 100,
-) -> Iterator[Event]:
+@_with_growth
+def dts_star(chain: Chain, growth: Growth, *, tilt: float = 10.0, c_uct: float = 0.0) -> Iterator[Event]:
     """Diffusion tree search: the tree of `dts`, that descends to the child of the largest upper confidence bound.
 
     The backup is still soft: it follows the branch of most tilted mass, so `greedy_leaf` may differ from the best.
+    Guided children have no weights, as published: values are those of the shifted steps.
 
     Args:
+        growth: `Growth`'s fields, by keyword.
         tilt: as `dts`; good for rewards that spread by some tenths among a prompt's pictures, see `standardize` for
             others.
         c_uct: exploration, in standard deviations of the leaves' rewards so far. The paper names no number; without
             any, the widening explores, and that found more here.
-        reward_guidance, guidance_start, clip: as `dts`, without weights, as published: values are those of the shifted
-            steps.
-        others: as `dts`.
     """
-    rules = Rules(
-        chain.num_steps,
-        _branches(chain, branch_at),
-        tilt,
-        *_widths(chain, widening, exponent),
-        selection="uct",
-        c_uct=c_uct,
-        leaves_at_once=leaves_at_once,
-        standardize=standardize,
-        cache=cache,
-        reward_guidance=reward_guidance,
-        guidance_start=guidance_start,
-        clip=clip,
-        weighted=False,
-    )
-    file = TreeFile(chain, "dts-star", folder, save_every, {"widening": widening, "exponent": exponent})
-    yield from _grow(chain, rules, file, iterations)
+    yield from _grow(chain, "dts-star", growth, tilt, selection="uct", c_uct=c_uct, weighted=False)
 
 
-def _grow(chain: Chain, rules: Rules, file: TreeFile, iterations: int | None) -> Iterator[Event]:
+def _grow(chain: Chain, method: str, growth: Growth, tilt: float, **own: Any) -> Iterator[Event]:
     """Select leaves_at_once times, roll out what the budget allows of it, score, back up."""
+    shared = {name: getattr(growth, name) for name in SHARED}
+    widths, iterations = _widths(chain, growth.widening, growth.exponent), growth.iterations
+    rules = Rules(chain.num_steps, _branches(chain, growth.branch_at), tilt, *widths, **shared, **own)
+    free = {"widening": growth.widening, "exponent": growth.exponent}
+    file = TreeFile(chain, method, growth.folder, growth.save_every, free)
     if iterations is None and chain.ledger.max_nfe is None:
         raise ValueError("iterations: got None, expected a number, for a chain without a budget")
     if rules.reward_guidance:

@@ -54,6 +54,8 @@ def roll_out(chain: Chain, tree: Tree, batch: list[int], device: torch.device) -
         if joining:
             walking += joining
             parts += _starts(chain, tree, joining, origins, device)
+        # Rollouts that start deeper wait for the walk to reach their level: one prediction a level serves all of them,
+        # and a row's noise is keyed by its rollout, so the company it walks in changes nothing.
         latents = torch.cat(parts)
         rows = [tree.rollout[leaf] for leaf in walking]
         prediction, gradient = _predict(chain, tree, latents, step, [origins[leaf] for leaf in joining])
