@@ -76,6 +76,8 @@ EQUIVALENT = {  # judged one by one: no test could tell them from the original, 
     "down": "differs for a draw on the bound itself",
     "visalign/search/particles/resampling.py:resample: effective_sample_size(log_weights) >= len(weights) * (1 - "
     "ALL_EQUAL) -> effective_sample_size(log_weights) > len(weights) * (1 - ALL_EQUAL)": "differs on the bound itself",
+    "visalign/training/loop/optimization.py:apply_gradients: accelerator.num_processes > 1 -> "
+    "accelerator.num_processes >= 1": "a sum over one process is itself",
     "visalign/search/tree/rules.py:boltzmann: values - top -> values + top": "shares do not see a shift of all values",
     "rewards/aggregate.py:correlation_weighted: combined.mean() -> combined.sum()": "each group sums to 0: both are",
     "rewards/groups/sets.py:frechet_distance: mixed.detach() -> mixed": "a threshold passes no gradient",
