@@ -142,8 +142,9 @@ def dts_star(chain: Chain, growth: Growth, *, tilt: float = 10.0, c_uct: float =
 def _grow(chain: Chain, method: str, growth: Growth, tilt: float, **own: Any) -> Iterator[Event]:
     """Select leaves_at_once times, roll out what the budget allows of it, score, back up."""
     shared = {name: getattr(growth, name) for name in SHARED}
-    widths, iterations = _widths(chain, growth.widening, growth.exponent), growth.iterations
-    rules = Rules(chain.num_steps, _branches(chain, growth.branch_at), tilt, *widths, **shared, **own)
+    iterations = growth.iterations
+    shared["widening"], shared["exponent"] = _widths(chain, growth.widening, growth.exponent)
+    rules = Rules(chain.num_steps, _branches(chain, growth.branch_at), tilt, **shared, **own)
     free = {"widening": growth.widening, "exponent": growth.exponent}
     file = TreeFile(chain, method, growth.folder, growth.save_every, free)
     if iterations is None and chain.ledger.max_nfe is None:
