@@ -45,8 +45,6 @@ def test_a_ledger_refuses_to_be_overdrawn_and_goes_on_from_its_file():
         ledger.spend(4)
     again = Ledger.from_dict(ledger.to_dict())
     assert again.nfe == 7 and again.left == 3 and again.seconds >= ledger.to_dict()["seconds"] - 1
-    ledger.forwards, ledger.backwards, ledger.rewards, ledger.decodes = 14, 2, 5, 6
-    assert ledger.flop_equivalent(10, 3, 2) == 10 * (14 + 4) + 3 * 5 + 2 * 6
 
 
 def test_the_best_of_n_normal_draws_and_its_divergence_have_their_known_values():

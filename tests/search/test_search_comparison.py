@@ -1,11 +1,10 @@
-"""Curves, intervals and budgets of searches: known answers."""
+"""Curves and intervals of searches: known answers."""
 
 import numpy as np
 import pytest
 from search_toys import toy_chain
 
 from visalign.search.best_of_n import best_of_n
-from visalign.search.budgets import grow_budget, share_budget, successive_halving
 from visalign.search.comparison import (
     area,
     at_budgets,
@@ -80,40 +79,3 @@ def test_few_steps_may_stand_for_all_only_where_they_rank_alike():
     assert correlation < 0.5 and not agree
     with pytest.raises(ValueError, match="at least 3"):
         step_agreement([1, 2], [1, 2])
-
-
-def test_halving_finds_the_best_setting_for_less_than_trying_all():
-    asked = []
-
-    def evaluate(setting, prompts):
-        asked.append((setting, len(prompts)))
-        return -abs(setting - 5)
-
-    best, paid = successive_halving(range(9), [f"p{k}" for k in range(30)], evaluate)
-    assert best == 5 and paid == 9 * 3 + 3 * 9 == sum(n for _, n in asked) < 9 * 30
-    with pytest.raises(ValueError, match="candidates"):
-        successive_halving([], ["p"], evaluate)
-
-
-def test_a_budget_grows_until_doubling_no_longer_pays():
-    prompts = np.linspace(0.9, 1.1, 40)
-
-    def saturating(budget):
-        return prompts * (1 - 10 / budget)
-
-    found = grow_budget(saturating, 10, 10_000, base_std=1.0, min_gain=0.02)
-    gains = [(10 / d.budget) for d in found[1:]]  # of each doubling: 10 / (B / 2) - 10 / B
-    assert [d.budget for d in found] == [10 * 2**k for k in range(len(found))]
-    assert sum(g < 0.02 * 1.1 for g in gains) == 2 and gains[-2] < 0.022 < gains[-3]
-    assert [d.budget for d in grow_budget(lambda b: prompts * b, 10, 35, 1.0)] == [10, 20]
-
-
-def test_a_shared_budget_goes_where_it_pays_and_is_never_passed():
-    easy = toy_chain(max_nfe=0, batch_size=1)
-    hard = toy_chain(
-        max_nfe=0, batch_size=1, seed=1, reward=lambda images, prompts: -10.0 + 0 * images.flatten(1).sum(1)
-    )
-    chains = [easy, hard]
-    seen = [k for k, _ in share_budget([(c.ledger, best_of_n(c)) for c in chains], 600, enough=0.9)]
-    assert easy.best.reward >= 0.9 and seen.count(0) < 50  # stops when good enough
-    assert sum(c.ledger.nfe for c in chains) == 600 and seen.count(1) == 100 - seen.count(0)

@@ -66,8 +66,3 @@ class Ledger:
         """Take up a saved one again; its clock goes on from its seconds."""
         counts = {name: value for name, value in saved.items() if name not in ("seconds", "peak_bytes")}
         return cls(**counts, _earlier=saved["seconds"])
-
-    def flop_equivalent(self, generator: float, reward: float = 0.0, decoder: float = 0.0) -> float:
-        """F_gen (forwards + 2 backwards) + F_rew (rewards + 2 reward_gradients) + F_dec decodes, from costs a row."""
-        paid = generator * (self.forwards + 2 * self.backwards)
-        return paid + reward * (self.rewards + 2 * self.reward_gradients) + decoder * self.decodes

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visalign.pipeline.generator import Generator
 from visalign.rewards import make_reward
-from visalign.training.attention import set_attention
+from visalign.training.attention import compile_blocks, set_attention
 from visalign.training.before.options import DTYPES, CommonConfig, alpha_of
 from visalign.training.before.preflight import Plan
 from visalign.training.policy import Average, Policy, check_same_names, load_lora
@@ -108,7 +108,7 @@ def build(
     if cfg.lora:
         load_lora(policy, Path(cfg.lora))
     if cfg.compile:
-        cast(Any, generator.denoiser).compile_repeated_blocks(fullgraph=False)
+        compile_blocks(generator.denoiser)
     if cfg.release_text_encoders:
         texts = list(dict.fromkeys([*plan.prompts, *plan.eval_prompts]))
         for start in range(0, len(texts), cfg.batch_size):
