@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visalign.advantages.group import clip_advantages, group_advantages, group_statistics
+from visalign.advantages.own import check_advantages, own_advantages
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 1.0])
 GROUPS = torch.tensor([4, 4, 4, 2, 2, 2])
@@ -157,3 +158,16 @@ def test_a_pair_with_ddof_one_is_a_root_of_two_apart():
 def test_no_gradient_passes_to_the_rewards():
     rewards = torch.tensor([1.0, 2.0], requires_grad=True)
     assert not group_advantages(rewards, torch.tensor([0, 0])).requires_grad
+
+
+def test_a_functions_location_is_checked_and_the_groups_own_advantages_take_a_std(tmp_path):
+    (tmp_path / "mine.py").write_text("def centred(rewards, group_ids):\n    return rewards - rewards.mean()\n")
+    mine = f"{tmp_path / 'mine.py'}:centred"
+    check_advantages("group", "global")  # the std is theirs
+    check_advantages(mine, None)
+    with pytest.raises(ValueError, match="advantages: got 'mine', expected 'group'"):
+        check_advantages("mine", None)
+    with pytest.raises(ValueError, match="advantage_std: got 'global' with advantages"):
+        check_advantages(mine, "global")
+    rewards = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    assert own_advantages(mine, rewards, torch.zeros(3, dtype=torch.int64)).tolist() == [-2, -1, 3]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from visalign.evaluation.results import by_prompt, compare, estimate, extremes, pairs
-from visalign.statistics.bootstrap import paired_interval
+from visalign.statistics.bootstrap import RESAMPLES, paired_interval
 
 NAN = np.nan
 
@@ -78,3 +78,12 @@ def test_the_gallery_takes_the_largest_wins_and_losses_a_prompt_once():
     won, lost = extremes(gains, np.zeros_like(gains), 2)
     assert won == [(0, 1), (1, 1)] and lost == [(3, 1), (2, 0)]
     assert extremes(gains, np.zeros_like(gains), 9)[0] == [(0, 1), (1, 1), (2, 1)]  # ties are in neither
+
+
+def test_a_paired_interval_in_numpy():
+    values, base = np.random.default_rng(3).normal(size=(2, 12, 3))
+    gains = (values - base).mean(1)
+    rows = np.random.default_rng(5).integers(0, 12, (RESAMPLES, 12))
+    low, high = np.percentile(gains[rows].sum(1) / 12, (2.5, 97.5))
+    interval = paired_interval(values, base, seed=5)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((gains.sum() / 12, low, high))

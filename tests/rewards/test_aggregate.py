@@ -346,3 +346,22 @@ def test_score_forms_keep_the_gradient(scores):
 def test_bad_input_is_one_clear_line(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_log_taming_by_hand():
+    """h = std / (mean + 1e-6): 0.6 / 1.4 and 1e6, whose mean is 0; the mean and the median of the two lie between."""
+    scores = torch.tensor([[0.8, 2.0], [-0.5, 0.5]], dtype=torch.float64)
+    for threshold, wanted in ((0.43, [False, True]), (0.42, [True, True]), (1.1e6, [False, False])):
+        total, tamed = log_tamed_sum(scores, torch.ones(2), threshold)
+        assert tamed.tolist() == wanted
+    assert log_tamed_sum(scores, torch.ones(2), 4e5)[1].tolist() == [False, True]  # 0.5 / 1e-6 = 5e5
+    assert log_tamed_sum(scores, torch.ones(2), 6e5)[1].tolist() == [False, False]
+    total, _ = log_tamed_sum(scores, torch.tensor([1.0, 2.0], dtype=torch.float64), 0.43)
+    torch.testing.assert_close(total, scores[0] + 2 * scores[1].log1p())
+
+
+def test_weights_of_concepts_by_hand_and_without_gradient():
+    scores = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    weights = correlation_weights(scores, 0.5)  # mean correlation with the others: 0, -1, 0
+    torch.testing.assert_close(weights, torch.tensor([2.0, 4.0, 2.0], dtype=torch.float64).softmax(0))
+    assert not weights.requires_grad

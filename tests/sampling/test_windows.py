@@ -139,3 +139,8 @@ def test_bad_options_are_rejected():
         make_window("progressive", 25, 4, end="loop")
     with pytest.raises(ValueError, match="last_iterations: got 30"):
         make_window("decay", 25, 4, last_iterations=30)
+
+
+def test_decay_at_the_only_position_spends_all_its_iterations():
+    window = make_window("decay", 6, 4, iterations=5)
+    assert window.positions() == [0] and window.dwell(0) == 5

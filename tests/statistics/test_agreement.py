@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from visalign.statistics.agreement import area_under_curve, kendall_within, threshold_accuracy, tie_calibrated_accuracy
+from visalign.statistics.agreement import (
+    _best_threshold,
+    area_under_curve,
+    kendall_within,
+    threshold_accuracy,
+    tie_calibrated_accuracy,
+)
 
 
 def accuracy_at(truth, scores, epsilon):
@@ -86,3 +92,10 @@ def test_bad_input_is_named():
         kendall_within(np.zeros((2, 1)), np.zeros((2, 1)))
     with pytest.raises(ValueError, match="labels: got 3 of 3 true"):
         area_under_curve(np.ones(3), np.zeros(3))
+
+
+def test_the_middle_of_equally_good_thresholds_is_taken_and_none_may_be_the_best():
+    """Each half of the first has three scores apart; the second's scores are the wrong way round: all or none pass."""
+    assert _best_threshold(np.array([False, True, True]), np.array([0.0, 1.0, 2.0])) == 0.5
+    assert _best_threshold(np.array([True, True, False]), np.array([0.0, 1.0, 2.0])) == -np.inf
+    assert _best_threshold(np.array([True, False, False]), np.array([0.0, 1.0, 2.0])) == np.inf

@@ -16,7 +16,7 @@ from visalign.training.loop.batches import cut
 from visalign.training.loop.training_loop import TrainingLoop, open_training
 from visalign.training.reward_gradient.gradients import OTHERS
 from visalign.training.reward_gradient.parts import UpdateLog
-from visalign.transitions import MemorylessFlow, flow_sde, make_transition
+from visalign.transitions import MemorylessFlow, Schedule, flow_sde, make_transition
 from visalign.transitions.memoryless import memoryless_diffusion, memoryless_flow
 
 M, S, C = 1.0, 0.7, 0.8  # data N(M, S^2), reward C x, lambda 1
@@ -295,3 +295,31 @@ def test_every_trainer_takes_rewards_without_gradient_or_differentiates_them():
 )
 def test_wrong_values_end_with_one_line_before_loading(changes, message, monkeypatch, capsys):
     assert message in refused(adjoint_matching, [f"--{k}={v}" for k, v in changes.items()], monkeypatch, capsys)
+
+
+def test_adjoints_and_states_that_carry_gradient_pass_none_on():
+    start, terminal = torch.ones(2, 3, requires_grad=True), torch.full((2, 3), 2.0, requires_grad=True)
+    adjoints = lean_adjoints({0: start}, terminal, lambda k, x: x.square())
+    assert adjoints[0].tolist() == [[4.0] * 3] * 2 and adjoints[1].tolist() == [[2.0] * 3] * 2
+    assert not any(a.requires_grad for a in adjoints.values())
+    weights = torch.ones(2, 3, requires_grad=True)
+    through = lean_adjoints({0: start}, terminal, lambda k, x: weights * x)
+    assert not any(a.requires_grad for a in through.values())
+
+
+def test_as_many_of_the_first_steps_as_their_share_and_one_at_least():
+    generator = torch.Generator().manual_seed(0)
+    for count, first in ((4, 1), (6, 1), (8, 2), (10, 2), (20, 4)):  # a quarter of the rest, rounded; 6 - 2 gives 1
+        last = list(range(count - max(1, round(0.25 * count)), count))
+        steps = matched_steps(list(range(count)), generator)
+        assert steps[-len(last) :] == last and len(steps) == first + len(last)
+
+
+def test_the_memoryless_spread_is_the_steps_and_none_at_the_end():
+    schedule = Schedule("flow", torch.tensor([1000.0, 600.0]), sigmas=torch.tensor([1.0, 0.6, 0.0]))
+    x = torch.zeros(1, 2)
+    for step in range(2):
+        gaussian, _ = MemorylessFlow()(schedule, step, x, x)
+        assert MemorylessFlow().std(schedule, step) == pytest.approx(float(gaussian.std))
+    assert MemorylessFlow().std(schedule, 0) == pytest.approx(math.sqrt(0.4 * 2 * 1.4 / 0.4))
+    assert MemorylessFlow().std(schedule, 1) == 0

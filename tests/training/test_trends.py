@@ -108,3 +108,18 @@ def test_the_spread_is_pooled_over_the_first_values_and_never_0():
 def test_a_shift_is_judged_from_both_sides():
     low, high = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]
     assert shift_p_value(low, high) == pytest.approx(2 / 70) == shift_p_value(high, low)
+
+
+def test_a_series_lets_go_of_what_is_older_than_its_window_but_not_of_the_last_few():
+    series = Series()
+    for step in range(0, 50, 5):
+        series.add(step, (float(step), 1.0), baseline=2, window=20)
+    assert series.steps == [30, 35, 40, 45] and series.values == [30.0, 35.0, 40.0, 45.0]  # 25 is 20 steps old
+    seldom = Series()
+    for step in range(0, 500, 100):
+        seldom.add(step, (1.0, 1.0), baseline=2, window=20)
+    assert seldom.steps == [100, 200, 300, 400] and seldom.count == 5  # twice the baseline stays, however old
+
+
+def test_a_series_that_never_moves_has_no_trend():
+    assert trend([0, 1, 2, 3], [5.0] * 4) == (0.0, 0.0, 0.0)

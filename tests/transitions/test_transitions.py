@@ -536,3 +536,8 @@ def test_a_consistency_step_between_the_extremes_fills_the_noise_level_as_ddim_d
     implied = (x - math.sqrt(0.3) * denoised) / math.sqrt(0.7)
     torch.testing.assert_close(step.mean, math.sqrt(0.6) * denoised + math.sqrt(0.4 * 0.75) * implied)
     assert step.std.item() == pytest.approx(0.5 * math.sqrt(0.4))
+
+
+@pytest.mark.parametrize("name", ["flow_sde", "dance_sde", "cps", "flow_ddim", "ddim"])
+def test_a_step_without_eta_is_not_stochastic(name):
+    assert not make_transition(name, eta=0.0).stochastic and make_transition(name, eta=1e-3).stochastic

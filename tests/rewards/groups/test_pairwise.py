@@ -296,3 +296,10 @@ def test_all_pairs_of_three_go_round_and_verdicts_pass_no_gradient():
     images = shades(0.2, 0.6).requires_grad_()
     verdicts = ask_both(brightness_judge, images[:1], images[1:], ["a"])
     assert not verdicts.forward.requires_grad
+
+
+def test_as_many_opponents_as_there_are_is_every_pair_once():
+    for size in (4, 5):
+        for opponents in (size - 1, size, size + 1):
+            assert drawn_pairs(size, opponents, torch.Generator().manual_seed(0)) == all_pairs(size)
+    assert len(drawn_pairs(6, 4, torch.Generator().manual_seed(0))) == 12  # of 15

@@ -12,6 +12,7 @@ from visalign.search.particles.resampling import (
     log_mean_exp,
     normalized_weights,
     resample,
+    residual,
     soft_mean,
     too_uneven,
 )
@@ -131,3 +132,12 @@ def test_the_soft_mean_goes_from_the_mean_to_the_maximum():
 def test_points_find_the_first_weight_that_exceeds_them_whatever_the_sum():
     points = torch.tensor([0.0, 0.24, 0.26, 0.6, 1.0], dtype=torch.float64)
     assert _invert(torch.tensor([0.5, 0.5, 1.0, 0.0]).double(), points).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_the_drawn_rest_of_residual_is_by_the_remainders():
+    """K W = 1.6 1.3 1.1 1 0: one place is open, drawn with .6 .3 .1."""
+    weights = torch.tensor([1.6, 1.3, 1.1, 1.0, 0.0], dtype=torch.float64) / 5
+    counts = torch.stack([torch.bincount(residual(weights, generator(s)), minlength=5) for s in range(3000)])
+    wanted = 5 * weights
+    torch.testing.assert_close(counts.double().mean(0), wanted, atol=0.05, rtol=0)
+    assert (counts >= wanted.floor()).all()

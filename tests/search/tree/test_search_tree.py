@@ -199,3 +199,38 @@ def test_a_picture_shows_the_best_branches_in_order_without_crossing():
     hidden = sum(int(text[1:]) for text in texts if text.startswith("+"))
     assert hidden == 20 - len(set(parents)) + 10 * len(set(parents)) - 12
     assert draw_tree(two_levels([[1.0]]), leaves=3).axes  # one leaf, no range of values
+
+
+def test_the_ends_of_the_ranges_that_count_as_within():
+    Rules(6, tilt=0.0), Rules(6, tilt=math.inf), Rules(6, epsilon=0.0), Rules(6, epsilon=1.0), Rules(6, c_uct=0.0)
+    Rules(6, leaves_at_once=1), Rules(6, standardize=2), Rules(6, guidance_start=0.0), Rules(6, clip=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tilt", -1e-3),
+        ("widening", 0.0),
+        ("exponent", 0.0),
+        ("exponent", 1.0),
+        ("epsilon", 1.001),
+        ("c_uct", math.inf),
+        ("leaves_at_once", 0),
+        ("standardize", 1),
+        ("reward_guidance", math.inf),
+        ("reward_guidance", -0.1),
+        ("guidance_start", 1.0),
+        ("guidance_start", -0.1),
+        ("clip", 0.0),
+    ],
+)
+def test_the_ends_of_the_ranges_that_count_as_beyond(name, value):
+    with pytest.raises(ValueError, match=f"{name}: got {value}"):
+        Rules(6, **{name: value})
+
+
+@pytest.mark.parametrize("option", [{"standardize": 2}, {"reward_guidance": 0.5}])
+@pytest.mark.parametrize("tilt", [0.0, math.inf])
+def test_what_needs_a_tilt_in_between_refuses_both_ends(option, tilt):
+    with pytest.raises(ValueError, match=f"expected 0 with tilt {tilt}"):
+        Rules(6, tilt=tilt, **option)
