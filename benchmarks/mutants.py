@@ -79,6 +79,8 @@ EQUIVALENT = {  # judged one by one: no test could tell them from the original, 
     "visalign/training/loop/optimization.py:apply_gradients: accelerator.num_processes > 1 -> "
     "accelerator.num_processes >= 1": "a sum over one process is itself",
     "visalign/search/tree/rules.py:boltzmann: values - top -> values + top": "shares do not see a shift of all values",
+    "visalign/search/particles/resampling.py:residual: remainders.sum() -> remainders.mean()": "_invert divides again",
+    "visalign/training/watch/trends.py:trend: 0 -> 1": "the variance of ranks is 0 or at least 8 / 3",
     "rewards/aggregate.py:correlation_weighted: combined.mean() -> combined.sum()": "each group sums to 0: both are",
     "rewards/groups/sets.py:frechet_distance: mixed.detach() -> mixed": "a threshold passes no gradient",
     "rewards/groups/sets.py:vendi_score: 0 -> 1": "the wider of two matrices of the same eigenvalues that are not 0",

@@ -16,7 +16,7 @@ from visalign.images import check_videos, images_to_pil
 from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message
 from visalign.rewards.vlm.heads import read_weights
-from visalign.rewards.vlm.judging import ask, check_count, check_temperature, column, fill, load_template
+from visalign.rewards.vlm.judging import SamplingParams, ask, column, fill, load_template
 from visalign.rewards.vlm.loading import check_vlm_options
 
 TOKEN = "<Reward>"
@@ -82,11 +82,10 @@ class DeScoreReward:
     ) -> None:
         from visalign.rewards.vlm.model import VLM
 
-        options = {"template": template, "fps": fps, "temperature": temperature, "max_tokens": max_tokens}
-        self.preflight({**options, "dtype": dtype})
+        self.preflight({"template": template, "fps": fps, "dtype": dtype})
         self.template = load_template("", template)
         self.thinker, self.fps = thinker, float(fps)
-        self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self.params = SamplingParams(max_tokens, temperature, seed=seed, retries=0)
         vlm = VLM(model, device, dtype, download)
         self.model, self.processor = vlm.model, vlm.processor
         self._device = None if device is None else torch.device(device)
@@ -106,8 +105,7 @@ class DeScoreReward:
         if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
             raise ValueError(f"fps: got {fps!r}, expected a number above 0")
         check_vlm_options(options.get("dtype", "bfloat16"))
-        check_count(options, max_tokens=1)
-        check_temperature(options)
+        SamplingParams.of(options)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: videos (N, F, 3, H, W) in [0, 1]; prompts: N strings; context["fps"]: frames a second."""
@@ -129,8 +127,7 @@ class DeScoreReward:
         if self.thinker is None:
             return [""] * len(prompts), [None] * len(prompts)
         chats = [[Message("user", fill(self.template, prompt, (video,)))] for video, prompt in zip(videos, prompts)]
-        sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
-        answers = ask(self.thinker, chats, lambda reply: reply.text, retries=0, **sampling)  # type: ignore[arg-type]
+        answers = ask(self.thinker, chats, lambda reply: reply.text, self.params)
         return [answer.value or "" for answer in answers], [answer.problem for answer in answers]
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from visalign.images import check_images, check_videos, is_video
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message, Reply
-from visalign.rewards.vlm.judging import ask, check_count, column, fill, load_template, open_chat
+from visalign.rewards.vlm.judging import SamplingParams, ask, column, fill, load_template, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, digit_probabilities
 
 RATINGS = tuple(range(1, 10))
@@ -88,15 +88,16 @@ class OrdinalReward:
         retries: int = 3,
     ) -> None:
         self.preflight({"template": template, "retries": retries})
+        self.params = SamplingParams(4, top_logprobs=20, retries=retries)  # a digit, maybe after a space
         self.chat = open_chat(chat, model, url, chat_options)
-        self.template, self.retries = load_template("", template), retries
+        self.template = load_template("", template)
 
     @staticmethod
     def preflight(options: Mapping[str, Any]) -> None:
         """Raise ValueError for options that cannot work, without loading anything."""
         if "{prompt}" not in load_template("", options.get("template", QUESTION)):
             raise ValueError("template: got a text without '{prompt}', expected it in the prompt's place")
-        check_count(options, retries=0)
+        SamplingParams.of(options)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1]; prompts: N strings."""
@@ -109,9 +110,7 @@ class OrdinalReward:
                 for image, prompt in zip(images, prompts)
             ],
             _read,
-            max_tokens=4,  # a digit, perhaps after a space or a line break
-            top_logprobs=20,
-            retries=self.retries,
+            self.params,
         )
         rows = [column([None] * len(RATINGS) if answer.value is None else answer.value) for answer in answers]
         probabilities = torch.stack(rows)

@@ -69,17 +69,6 @@ def per_item(pixel_losses: Tensor, counted: Tensor | None = None) -> Tensor:
     return (pixel_losses.flatten(1) * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def cycle_loss(losses: Tensor, timesteps: Tensor, last: int = 200) -> Tensor:
-    """Mean of the items' losses (N,) over those with timestep (N,) <= `last`, (): sum / (count + 1e-10), so 0 if none.
-
-    One-step estimates from further up are too blurred to judge. ControlNet++ adds grad_scale times this to its
-    diffusion loss: 0.5 (ADE20K) or 0.2 (COCO) for segmentation, 1 for depth, Canny and HED, 0.5 for line art; there
-    `last` is 200, in Ctrl-U 400.
-    """
-    within = (timesteps <= last).to(losses)
-    return (losses * within).sum() / (within.sum() + 1e-10)
-
-
 def segmentation_doubt(auxiliary: Tensor, main: Tensor, scale: float = 1.0) -> Tensor:
     """Ctrl-U's doubt of each pixel, (N, h, w): scale * KL(softmax(auxiliary) || softmax(main)) of logits (N, C, h, w).
 
@@ -92,11 +81,6 @@ def segmentation_doubt(auxiliary: Tensor, main: Tensor, scale: float = 1.0) -> T
 def map_doubt(auxiliary: Tensor, main: Tensor, scale: float = 0.1) -> Tensor:
     """Ctrl-U's doubt of each pixel of depth or edge maps (N, h, w): scale * |auxiliary - main|."""
     return scale * (auxiliary.float() - main.float()).abs()
-
-
-def doubted_loss(pixel_losses: Tensor, doubt: Tensor) -> Tensor:
-    """L exp(-u) + u of each pixel (Ctrl-U): a doubtful pixel counts less, but doubt itself costs."""
-    return pixel_losses * (-doubt).exp() + doubt
 
 
 @register_reward("controlnet_cycle")

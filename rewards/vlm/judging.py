@@ -3,9 +3,9 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,35 +54,55 @@ class Answer(Generic[_T]):
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a judge's words are drawn, and how often it is asked again.
+
+    Raises:
+        ValueError: a number out of range, under the name of its field.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    top_logprobs: int = 0
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        check_count(vars(self), max_tokens=1, top_logprobs=0, retries=0)
+        if type(self.temperature) not in (int, float) or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature!r}, expected a number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, expected 0 < top_p <= 1")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Those among a judge's options; what is not there, or None, is as by default."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: options[name] for name in names if options.get(name) is not None})
+
+
 def ask(
-    chat: Chat,
-    conversations: Sequence[Sequence[Message]],
-    read: Callable[[Reply], _T],
-    *,
-    max_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    top_logprobs: int = 0,
-    retries: int = 3,
+    chat: Chat, conversations: Sequence[Sequence[Message]], read: Callable[[Reply], _T], params: SamplingParams
 ) -> list[Answer[_T]]:
     """One answer for each conversation, read by `read`, which raises Unreadable where it cannot.
 
-    Unreadable answers are asked for again up to `retries` times, each time with another seed (and, from temperature 0,
-    at RETRY_TEMPERATURE). A failed request is not: the chat has tried it again itself.
+    Unreadable answers are asked for again up to `params.retries` times, each time with another seed (and, from
+    temperature 0, at RETRY_TEMPERATURE). A failed request is not: the chat has tried it again itself.
     """
     answers: list[Answer[_T] | None] = [None] * len(conversations)
     open_ = list(range(len(conversations)))
-    for attempt in range(retries + 1):
+    for attempt in range(params.retries + 1):
         if not open_:
             break
         replies = chat(
             [conversations[n] for n in open_],
-            max_tokens=max_tokens,
-            temperature=RETRY_TEMPERATURE if attempt and temperature == 0 else temperature,
-            top_p=top_p,
-            seed=seed + attempt * RETRY_SEED_STEP,
-            top_logprobs=top_logprobs,
+            max_tokens=params.max_tokens,
+            temperature=RETRY_TEMPERATURE if attempt and params.temperature == 0 else params.temperature,
+            top_p=params.top_p,
+            seed=params.seed + attempt * RETRY_SEED_STEP,
+            top_logprobs=params.top_logprobs,
         )
         if len(replies) != len(open_):
             raise ValueError(f"chat {chat.name!r}: got {len(replies)} replies, expected {len(open_)}")
@@ -175,10 +195,7 @@ def check_count(options: Mapping[str, Any], **least: int) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {low}")
 
 
-def check_temperature(options: Mapping[str, Any]) -> None:
-    value = options.get("temperature", 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"temperature: got {value!r}, expected a number of at least 0")
+DEFAULTS = SamplingParams()
 
 
 def fill(template: str, prompt: str, pictures: Sequence[Part] = (), placeholder: str = "{prompt}") -> tuple[Part, ...]:

@@ -18,7 +18,7 @@ from visalign.images import check_images
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.groups.candidates import group_places, picture_digest, shown_order
 from visalign.rewards.vlm.chat import Chat, Message, Part, Reply
-from visalign.rewards.vlm.judging import ask, check_count, open_chat
+from visalign.rewards.vlm.judging import DEFAULTS, SamplingParams, ask, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, as_numbers, read_json
 
 TASK = 'All pictures were made for this prompt:\n"{prompt}"\n'
@@ -89,16 +89,13 @@ def judge_ranks(
     rubrics: Sequence[str],
     prompts: Sequence[str],
     groups: Sequence[Sequence[Tensor]],
-    *,
-    seed: int = 0,
-    max_tokens: int = 512,
-    retries: int = 3,
+    params: SamplingParams = DEFAULTS,
 ) -> list[tuple[int, ...] | None]:
     """The judge's ranks of each group's pictures by its rubric's text; None where its answer was no permutation.
 
     The judge sees prompt, pictures and rubric, nothing else, in a random order (see `shown_order`).
     """
-    orders = [shown_order([picture_digest(p) for p in pictures], seed) for pictures in groups]
+    orders = [shown_order([picture_digest(p) for p in pictures], params.seed) for pictures in groups]
     sizes = [len(order) for order in orders]
     conversations = [
         show(JUDGE.replace("{rubric}", rubric), prompt, [pictures[n] for n in order])
@@ -107,8 +104,7 @@ def judge_ranks(
     ranks: list[tuple[int, ...] | None] = [None] * len(groups)
     for size in dict.fromkeys(sizes):  # the reader has to know how many ranks to expect
         places = [n for n, s in enumerate(sizes) if s == size]
-        limits = {"seed": seed, "max_tokens": max_tokens, "retries": retries}
-        answers = ask(chat, [conversations[n] for n in places], _rank_reader(size), **limits)
+        answers = ask(chat, [conversations[n] for n in places], _rank_reader(size), params)
         for n, answer in zip(places, answers):
             if answer.value is not None:
                 by_place = dict(zip(orders[n], answer.value))
@@ -186,8 +182,8 @@ class AutoRubricReward:
         options = {"rubric": rubric, "model": model, "chat": chat, "max_tokens": max_tokens, "retries": retries}
         self.preflight(options)
         self.rubric = rubric if isinstance(rubric, AutoRubric) else load_auto_rubric(rubric)
+        self._params = SamplingParams(max_tokens, seed=seed, retries=retries)
         self._chat = open_chat(chat, model, url, chat_options)
-        self._limits = {"max_tokens": max_tokens, "retries": retries, "seed": seed}
 
     @staticmethod
     def preflight(options: Mapping[str, Any]) -> None:
@@ -203,7 +199,7 @@ class AutoRubricReward:
         groups = [members for members in group_places(prompts, context, self.name) if len(members) > 1]
         pictures = [[images[n].detach() for n in members] for members in groups]
         first = [prompts[members[0]] for members in groups]
-        judged = judge_ranks(self._chat, [self.rubric.text] * len(groups), first, pictures, **self._limits)
+        judged = judge_ranks(self._chat, [self.rubric.text] * len(groups), first, pictures, self._params)
         scores, valid = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
         reasons: list[str | None] = ["a group of one has no ranking"] * len(images)
         for members, ranks in zip(groups, judged):
@@ -219,4 +215,4 @@ def check_judge(options: Mapping[str, Any]) -> None:
     """Raise ValueError unless a model or a chat is given, and the limits of its answers are numbers that make sense."""
     if options.get("chat") is None and not options.get("model"):
         raise ValueError("model: got none, expected a model's name or folder (with url, one that an endpoint serves)")
-    check_count(options, max_tokens=1, retries=0)
+    SamplingParams.of(options)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from visalign.rewards.vlm.chat import Chat, Message, Reply
-from visalign.rewards.vlm.judging import ask
+from visalign.rewards.vlm.judging import SamplingParams, ask
 from visalign.rewards.vlm.parsing import Unreadable, read_json
 
 from .auto_rubric import bullets, judge_ranks, read_strings, show
@@ -56,7 +56,8 @@ def contrast_rubrics(
     places = [n for n, rubric in enumerate(written) if rubric is not None]
     texts = [bullets(written[n] or ()) for n in places]
     own = [items[n] for n in places]
-    judged = judge_ranks(judge or chat, texts, [i.prompt for i in own], [i.images for i in own], seed=seed)
+    params = SamplingParams(seed=seed)
+    judged = judge_ranks(judge or chat, texts, [i.prompt for i in own], [i.images for i in own], params)
     accepted: list[tuple[str, ...] | None] = [None] * len(items)
     for n, ranks in zip(places, judged):
         accepted[n] = written[n] if ranks == items[n].ranks else None
@@ -72,7 +73,7 @@ def profiles(chat: Chat, items: Sequence[Preference], seed: int = 0) -> list[Pro
         better, worse = (str(item.ranks.index(rank) + 1) for rank in (1, 2))
         text = PROFILE.replace("{better}", better).replace("{worse}", worse)
         conversations.append(show(text, item.prompt, item.images))
-    return [answer.value for answer in ask(chat, conversations, _read_profile, max_tokens=1024, seed=seed)]
+    return [answer.value for answer in ask(chat, conversations, _read_profile, SamplingParams(1024, seed=seed))]
 
 
 def synthesise(
@@ -88,7 +89,7 @@ def synthesise(
         text = text.replace("{worse}", "\n".join(profile.worse)).replace("{prompt}", items[n].prompt)
         conversations.append([Message("user", (text,))])
     rubrics: list[tuple[str, ...] | None] = [None] * len(items)
-    for n, answer in zip(places, ask(chat, conversations, _read_rubric, max_tokens=512, seed=seed)):
+    for n, answer in zip(places, ask(chat, conversations, _read_rubric, SamplingParams(512, seed=seed))):
         rubrics[n] = answer.value
     return rubrics
 
@@ -98,7 +99,8 @@ def judge_accuracy(
 ) -> float:
     """Share of preferences whose ranks the judge finds, by a rubric each, or without; unreadable counts as wrong."""
     texts = [NO_RUBRIC] * len(items) if rubrics is None else [bullets(rubric) for rubric in rubrics]
-    judged = judge_ranks(chat, texts, [i.prompt for i in items], [i.images for i in items], seed=seed)
+    pictures, params = [i.images for i in items], SamplingParams(seed=seed)
+    judged = judge_ranks(chat, texts, [i.prompt for i in items], pictures, params)
     return sum(ranks == item.ranks for ranks, item in zip(judged, items)) / len(items)
 
 

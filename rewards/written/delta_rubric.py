@@ -17,7 +17,7 @@ from visalign.rewards.groups.candidates import group_places, picture_digest, sho
 from visalign.rewards.groups.pairwise import win_rates
 from visalign.rewards.probability.rubric import ChatYesNo, YesNoJudge, ask_all
 from visalign.rewards.vlm.chat import Chat, Reply
-from visalign.rewards.vlm.judging import ask, open_chat
+from visalign.rewards.vlm.judging import DEFAULTS, SamplingParams, ask, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, read_json
 from visalign.rewards.vlm.yes_token import YesNo
 
@@ -52,15 +52,12 @@ def plan(
     chat: Chat,
     prompts: Sequence[str],
     pairs: Sequence[tuple[Tensor, Tensor]],
-    *,
-    max_tokens: int = 512,
-    retries: int = 3,
-    seed: int = 0,
+    params: SamplingParams = DEFAULTS,
 ) -> list[tuple[str, ...] | None]:
     """A checklist for each pair, maybe empty; None where the answer could not be read."""
     instruction = PLAN.replace("{count}", str(MAX_QUESTIONS))
     conversations = [show(instruction, prompt, pair) for prompt, pair in zip(prompts, pairs, strict=True)]
-    answers = ask(chat, conversations, _read_checklist, max_tokens=max_tokens, retries=retries, seed=seed)
+    answers = ask(chat, conversations, _read_checklist, params)
     return [answer.value for answer in answers]
 
 
@@ -108,9 +105,9 @@ class DeltaRubricReward:
         seed: int = 0,
     ) -> None:
         self.preflight({"model": model, "chat": chat, "max_tokens": max_tokens, "retries": retries})
+        self._params = SamplingParams(max_tokens, seed=seed, retries=retries)
         self._chat = open_chat(chat, model, url, chat_options)
         self._verifier: YesNoJudge = verifier if isinstance(verifier, YesNo) else ChatYesNo(verifier or self._chat)
-        self._limits = {"max_tokens": max_tokens, "retries": retries, "seed": seed}
 
     @staticmethod
     def preflight(options: Mapping[str, Any]) -> None:
@@ -123,9 +120,9 @@ class DeltaRubricReward:
         check_prompts(images, prompts)
         images = images.detach()
         groups, digests = group_places(prompts, context, self.name), [picture_digest(image) for image in images]
-        pairs = [(m[i], m[j]) for m in groups for i, j in shown_pairs([digests[n] for n in m], self._limits["seed"])]
+        pairs = [(m[i], m[j]) for m in groups for i, j in shown_pairs([digests[n] for n in m], self._params.seed)]
         first = [prompts[i] for i, _ in pairs]
-        checklists = plan(self._chat, first, [(images[i], images[j]) for i, j in pairs], **self._limits)
+        checklists = plan(self._chat, first, [(images[i], images[j]) for i, j in pairs], self._params)
         pictures = [images[n] for pair in pairs for n in pair]
         answers, errors = ask_all(self._verifier, pictures, [list(c or ()) for c in checklists for _ in range(2)])
         outcomes = torch.full((len(pairs),), 0.5)

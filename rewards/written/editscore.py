@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from visalign.rewards.base import Context, RewardOutput, check_prompts, register
 from visalign.rewards.vlm.chat import Chat, Message, Part, Reply
 from visalign.rewards.vlm.judging import (
     Answer,
+    SamplingParams,
     ask,
     check_count,
-    check_temperature,
     column,
     fill,
     load_templates,
@@ -136,11 +136,10 @@ class EditScoreReward:
         retries: int = 3,
     ) -> None:
         options: dict[str, Any] = {"family": family, "num_pass": num_pass, "reduction": reduction, "quirks": quirks}
-        options |= {"templates": templates, "temperature": temperature, "max_tokens": max_tokens, "retries": retries}
-        self.preflight(options)
+        self.preflight({**options, "templates": templates})
+        self.params = SamplingParams(max_tokens, temperature, top_p=0.9, seed=seed, retries=retries)
         self.chat = open_chat(chat, model, url, chat_options)
         self.family, self.num_pass, self.reduction, self.quirks = family, num_pass, reduction, tuple(quirks)
-        self.temperature, self.max_tokens, self.seed, self.retries = temperature, max_tokens, seed, retries
         if "overflow" in self.quirks:
             self.range = (0.0, SCORE_RANGE / 2)
         self._sc, self._pq = (text.replace("10", "25") for text in load_templates(TEMPLATES, templates).values())
@@ -157,8 +156,8 @@ class EditScoreReward:
         for quirk in quirks:
             if quirk not in QUIRKS:
                 raise unknown_name("quirks", quirk, QUIRKS)
-        check_count(options, num_pass=1, max_tokens=1, retries=0)
-        check_temperature(options)
+        check_count(options, num_pass=1)
+        SamplingParams.of(options)
         load_templates(TEMPLATES, options.get("templates"))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
@@ -173,16 +172,7 @@ class EditScoreReward:
         passes: list[list[EditPass]] = [[] for _ in prompts]
         rationale: list[list[str]] = [[] for _ in prompts]
         for k in range(self.num_pass):
-            answers = ask(
-                self.chat,
-                questions,
-                self._read,
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_p=0.9,
-                seed=self.seed + k,
-                retries=self.retries,
-            )
+            answers = ask(self.chat, questions, self._read, replace(self.params, seed=self.params.seed + k))
             for n, (sc, pq) in enumerate(zip(answers, answers[len(prompts) :])):
                 rationale[n] += [_reason("SC", sc), _reason("PQ", pq)]
                 lists = [self._numbers(answer) for answer in (sc, pq)]

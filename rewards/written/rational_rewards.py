@@ -13,9 +13,8 @@ from visalign.names import unknown_name
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message, Part
 from visalign.rewards.vlm.judging import (
+    SamplingParams,
     ask,
-    check_count,
-    check_temperature,
     column,
     fill,
     load_templates,
@@ -127,13 +126,12 @@ class RationalRewardsReward:
         seed: int = 0,
         retries: int = 3,
     ) -> None:
-        options = {"task": task, "templates": templates, "aspects": aspects, "temperature": temperature}
-        self.preflight({**options, "max_tokens": max_tokens, "retries": retries})
+        self.preflight({"task": task, "templates": templates, "aspects": aspects})
         default = "TIGER-Lab/RationalRewards-8B-" + ("T2I" if task == "t2i" else "Edit")
+        self.params = SamplingParams(max_tokens, temperature, seed=seed, retries=retries)
         self.chat = open_chat(chat, model or default, url, chat_options)
         self.needs = ("prompts",) if task == "t2i" else ("prompts", "references")
         self.aspects = tuple(aspects or ASPECTS[task])
-        self.temperature, self.max_tokens, self.seed, self.retries = temperature, max_tokens, seed, retries
         texts = _templates(task, templates)
         self._system, self._question = texts["system"], texts["question"]
 
@@ -146,8 +144,7 @@ class RationalRewardsReward:
         for aspect in options.get("aspects") or ():
             if aspect not in ASPECTS[task]:
                 raise unknown_name("aspects", aspect, ASPECTS[task])
-        check_count(options, max_tokens=1, retries=0)
-        check_temperature(options)
+        SamplingParams.of(options)
         _templates(task, options.get("templates"))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
@@ -164,10 +161,7 @@ class RationalRewardsReward:
                 for prompt, seen in zip(prompts, pictures)
             ],
             lambda reply: read_aspects(reply.text, self.aspects),
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-            retries=self.retries,
+            self.params,
         )
         marks = [answer.value for answer in answers]
         return RewardOutput(

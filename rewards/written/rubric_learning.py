@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from visalign.rewards.vlm.chat import Chat, Message, Reply
-from visalign.rewards.vlm.judging import ask
+from visalign.rewards.vlm.judging import SamplingParams, ask
 from visalign.rewards.vlm.parsing import Unreadable, read_json
 
 from .auto_rubric import AutoRubric, Theme, bullets, judge_ranks, read_strings, read_themes, show
@@ -54,15 +54,16 @@ def learn_criteria(
     chat: Chat, items: Sequence[Preference], epochs: int = EPOCHS, seed: int = 0, max_tokens: int = 1024
 ) -> list[tuple[str, ...] | None]:
     """Criteria for each preference that lead the judge to its ranks; None where `epochs` revisions did not get it."""
-    limits = {"seed": seed, "max_tokens": max_tokens}
+    params = SamplingParams(max_tokens, seed=seed)
     chats = [show(GENERATE.replace("{ranks}", str(list(i.ranks))), i.prompt, i.images) for i in items]
-    criteria = [answer.value for answer in ask(chat, chats, _read_criteria, **limits)]
+    criteria = [answer.value for answer in ask(chat, chats, _read_criteria, params)]
     accepted: list[tuple[str, ...] | None] = [None] * len(items)
     open_ = [n for n, one in enumerate(criteria) if one]
     for epoch in range(epochs + 1):
         texts = [bullets(criteria[n] or ()) for n in open_]
         own = [items[n] for n in open_]
-        ranks = judge_ranks(chat, texts, [i.prompt for i in own], [i.images for i in own], seed=seed + epoch)
+        again = SamplingParams(seed=seed + epoch)
+        ranks = judge_ranks(chat, texts, [i.prompt for i in own], [i.images for i in own], again)
         wrong = []
         for n, got in zip(open_, ranks):
             if got == items[n].ranks:
@@ -72,7 +73,7 @@ def learn_criteria(
         if not wrong or epoch == epochs:
             break
         conversations = [_revision(items[n], criteria[n] or (), got) for n, got in wrong]
-        for (n, _), answer in zip(wrong, ask(chat, conversations, _read_criteria, **limits)):
+        for (n, _), answer in zip(wrong, ask(chat, conversations, _read_criteria, params)):
             criteria[n] = answer.value or criteria[n]
         open_ = [n for n, _ in wrong]
     return accepted
@@ -94,7 +95,7 @@ def gather(chat: Chat, criteria: Sequence[str], themes: int = THEMES, seed: int 
             raise Unreadable(f"themes: got {len(theme_list)}, expected at most {themes}")
         return theme_list
 
-    (answer,) = ask(chat, [[Message("user", (text,))]], read, max_tokens=2048, seed=seed)
+    (answer,) = ask(chat, [[Message("user", (text,))]], read, SamplingParams(2048, seed=seed))
     if answer.value is None:
         raise ValueError(f"chat {chat.name!r}: {answer.problem}")
     return AutoRubric(answer.value)

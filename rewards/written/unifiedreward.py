@@ -11,10 +11,8 @@ from visalign.images import check_images, check_videos, is_video
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message, Reply
 from visalign.rewards.vlm.judging import (
-    Answer,
+    SamplingParams,
     ask,
-    check_count,
-    check_temperature,
     column,
     fill,
     load_templates,
@@ -33,28 +31,13 @@ QUESTIONS = {  # the templates of each version
 
 
 class UnifiedJudge:
-    """What the rewards of single samples and of pairs share: their chat and how it is asked."""
+    """What the rewards of single samples and of pairs share."""
 
     differentiable = False
     needs = ("prompts",)
     stochastic = False
     licence = "see the models' pages"
     source = "arXiv:2503.05236, arXiv:2505.03318"
-
-    def _open(self, chat: Chat, max_tokens: int, temperature: float, seed: int, retries: int) -> None:
-        self.chat, self.max_tokens = chat, max_tokens
-        self.temperature, self.seed, self.retries = temperature, seed, retries
-
-    def _ask(self, conversations: Sequence[Sequence[Message]], read: Any) -> list[Answer]:
-        return ask(
-            self.chat,
-            conversations,
-            read,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-            retries=self.retries,
-        )
 
 
 def _questions(version: str, given: Mapping[str, str | Path] | None) -> dict[str, str]:
@@ -107,9 +90,9 @@ class UnifiedReward(UnifiedJudge):
         seed: int = 0,
         retries: int = 3,
     ) -> None:
-        options = {"version": version, "fill_missing": fill_missing, "templates": templates, "retries": retries}
-        self.preflight({**options, "temperature": temperature, "max_tokens": max_tokens})
-        self._open(open_chat(chat, model, url, chat_options), max_tokens, temperature, seed, retries)
+        self.preflight({"version": version, "fill_missing": fill_missing, "templates": templates})
+        self.params = SamplingParams(max_tokens, temperature, seed=seed, retries=retries)
+        self.chat = open_chat(chat, model, url, chat_options)
         self.version, self.fill_missing = version, fill_missing
         self._questions = _questions(version, templates)
         self.media = "both" if len(self._questions) == 2 else f"{next(iter(self._questions))}s"
@@ -123,8 +106,7 @@ class UnifiedReward(UnifiedJudge):
             raise ValueError(f"version: got {version!r}, expected one of {VERSIONS}, in quotes")
         if version == "1" and options.get("fill_missing"):
             raise ValueError("fill_missing: got True with version '1', which has one number, expected False")
-        check_count(options, max_tokens=1, retries=0)
-        check_temperature(options)
+        SamplingParams.of(options)
         _questions(version, options.get("templates"))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
@@ -134,12 +116,14 @@ class UnifiedReward(UnifiedJudge):
         check_prompts(images, prompts)
         kind = "video" if video else "image"
         dimensions = DIMENSIONS[f"{kind}s"] if self.version == "2.0" else ("Final",)
-        answers = self._ask(
+        answers = ask(
+            self.chat,
             [
                 [Message("user", fill(self._questions[kind], p, tuple(image) if video else (image,)))]
                 for image, p in zip(images, prompts)
             ],
             lambda reply: self._read(reply, dimensions),
+            self.params,
         )
         marks = [[None] * len(dimensions) if a.value is None else list(a.value.values()) for a in answers]
         table = torch.stack([column(row) for row in marks])

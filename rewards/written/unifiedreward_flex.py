@@ -17,7 +17,7 @@ from visalign.rewards.failures import fill_invalid
 from visalign.rewards.groups.candidates import group_places, picture_digest, shown_pairs
 from visalign.rewards.groups.pairwise import win_rates
 from visalign.rewards.vlm.chat import Chat, Message, Reply
-from visalign.rewards.vlm.judging import ask, fill, load_template, open_chat
+from visalign.rewards.vlm.judging import SamplingParams, ask, fill, load_template, open_chat
 from visalign.rewards.vlm.parsing import read_json
 
 from .auto_rubric import check_judge
@@ -167,8 +167,8 @@ class UnifiedRewardFlex:
         self.preflight({**options, **weights})
         self._template = _template(template)
         self._weights = (overall_weight, dim_weight, tuple(category_weights))
+        self._params = SamplingParams(max_tokens, seed=seed, retries=retries)
         self._chat = open_chat(chat, model, url, chat_options)
-        self._limits = {"max_tokens": max_tokens, "retries": retries, "seed": seed}
 
     @staticmethod
     def preflight(options: Mapping[str, Any]) -> None:
@@ -187,13 +187,13 @@ class UnifiedRewardFlex:
         check_images(images)
         check_prompts(images, prompts)
         groups, digests = group_places(prompts, context, self.name), [picture_digest(image) for image in images]
-        pairs = [shown_pairs([digests[n] for n in members], self._limits["seed"]) for members in groups]
+        pairs = [shown_pairs([digests[n] for n in members], self._params.seed) for members in groups]
         conversations = [
             [Message("user", fill(self._template, prompts[m[i]], [images[m[i]].detach(), images[m[j]].detach()]))]
             for m, own in zip(groups, pairs)
             for i, j in own
         ]
-        answers = iter(ask(self._chat, conversations, read_comparison, **self._limits))
+        answers = iter(ask(self._chat, conversations, read_comparison, self._params))
         columns = torch.full((3 + len(CATEGORIES), len(images)), math.nan)
         valid = torch.ones(len(images), dtype=torch.bool)
         for members, own in zip(groups, pairs):

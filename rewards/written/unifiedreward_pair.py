@@ -12,7 +12,7 @@ from visalign.names import unknown_name
 from visalign.rewards.base import Context, RewardError, RewardOutput, check_prompts, register_reward
 from visalign.rewards.groups.pairwise import all_pairs, win_rates
 from visalign.rewards.vlm.chat import Chat, Message
-from visalign.rewards.vlm.judging import Answer, check_count, check_temperature, column, fill, load_template, open_chat
+from visalign.rewards.vlm.judging import Answer, SamplingParams, ask, column, fill, load_template, open_chat
 
 from .unifiedreward import UnifiedJudge
 from .unifiedreward_answers import read_rank, read_shares, read_think
@@ -67,12 +67,11 @@ class UnifiedRewardPair(UnifiedJudge):
         seed: int = 0,
         retries: int = 3,
     ) -> None:
-        options: dict[str, Any] = {"format": format, "template": template, "retries": retries}
-        options["temperature"] = temperature
-        self.preflight(options if max_tokens is None else {**options, "max_tokens": max_tokens})
+        self.preflight({"format": format, "template": template})
         name, limit = FORMATS[format]
         limit = limit if max_tokens is None else max_tokens
-        self._open(open_chat(chat, model, url, chat_options), limit, temperature, seed, retries)
+        self.params = SamplingParams(limit, temperature, seed=seed, retries=retries)
+        self.chat = open_chat(chat, model, url, chat_options)
         self.format = format
         self._template = load_template(name, template)
 
@@ -81,10 +80,7 @@ class UnifiedRewardPair(UnifiedJudge):
         """Raise ValueError for options that cannot work, without loading anything."""
         if options.get("format", "think") not in FORMATS:
             raise unknown_name("format", options["format"], FORMATS)
-        if options.get("max_tokens") is not None:
-            check_count(options, max_tokens=1)
-        check_count(options, retries=0)
-        check_temperature(options)
+        SamplingParams.of(options)
         load_template(FORMATS[options.get("format", "think")][0], options.get("template"))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
@@ -120,7 +116,7 @@ class UnifiedRewardPair(UnifiedJudge):
     def _compare(self, pairs: Sequence[tuple[Tensor, Tensor, str]]) -> list[Answer]:
         read = {"think": read_think, "rank": read_rank, "score": read_shares}[self.format]
         conversations = [[Message("user", fill(self._template, prompt, (one, other)))] for one, other, prompt in pairs]
-        return self._ask(conversations, lambda reply: read(reply.text))
+        return ask(self.chat, conversations, lambda reply: read(reply.text), self.params)
 
 
 def _groups(context: Context | None, count: int, name: str) -> list[list[int]]:

@@ -11,7 +11,7 @@ from visalign.images import check_videos
 from visalign.names import unknown_name
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.vlm.chat import Chat, Message, Reply
-from visalign.rewards.vlm.judging import ask, check_count, check_temperature, column, fill, load_template, open_chat
+from visalign.rewards.vlm.judging import SamplingParams, ask, column, fill, load_template, open_chat
 from visalign.rewards.vlm.parsing import Unreadable, digit_probabilities, labelled_number, token_after_label
 
 MARKS = (1, 2, 3, 4, 5)
@@ -75,21 +75,17 @@ class VideoScore2Reward:
         seed: int = 0,
         retries: int = 3,
     ) -> None:
-        options = {"template": template, "soft": soft, "temperature": temperature}
-        self.preflight({**options, "max_tokens": max_tokens, "retries": retries})
+        self.preflight({"template": template, "soft": soft})
         self.template = load_template("", template)
+        self.params = SamplingParams(
+            max_tokens, temperature, seed=seed, top_logprobs=0 if soft == "written" else 20, retries=retries
+        )
         self.chat = open_chat(chat, model, url, chat_options)
         if not getattr(self.chat, "takes_videos", True):
             raise ValueError(
                 f"model: got {self.chat.name!r}, which takes no videos here, expected a Qwen2.5-VL or a url"
             )
-        self.soft, self.temperature, self.max_tokens, self.seed, self.retries = (
-            soft,
-            temperature,
-            max_tokens,
-            seed,
-            retries,
-        )
+        self.soft = soft
         self.range: tuple[float, float] = (0.0 if soft == "published" else 1.0, 5.0)
 
     @staticmethod
@@ -101,8 +97,7 @@ class VideoScore2Reward:
             raise ValueError("template: got a text without '{prompt}', expected it in the prompt's place")
         if options.get("soft", SOFT[0]) not in SOFT:
             raise unknown_name("soft", options["soft"], SOFT)
-        check_count(options, max_tokens=1, retries=0)
-        check_temperature(options)
+        SamplingParams.of(options)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> RewardOutput:
         """images: videos (N, F, 3, H, W) in [0, 1]; prompts: N strings."""
@@ -112,11 +107,7 @@ class VideoScore2Reward:
             self.chat,
             [[Message("user", fill(self.template, prompt, (video,)))] for video, prompt in zip(images, prompts)],
             self._read,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-            top_logprobs=0 if self.soft == "written" else 20,
-            retries=self.retries,
+            self.params,
         )
         marks = {
             key: column([None if answer.value is None else answer.value[k] for answer in answers])

@@ -13,7 +13,6 @@ from visalign.search.comparison import (
     relative_area,
     speedup,
     step_agreement,
-    trace_of,
 )
 from visalign.statistics.bootstrap import paired_interval
 
@@ -22,7 +21,8 @@ def test_a_trace_is_read_at_or_before_each_budget():
     assert np.array_equal(
         at_budgets([(10, 1.0), (20, 3.0), (40, 4.0)], [5, 10, 39, 40, 99]), [np.nan, 1, 3, 4, 4], equal_nan=True
     )
-    trace = trace_of(best_of_n(toy_chain(max_nfe=60, batch_size=2)))
+    events = best_of_n(toy_chain(max_nfe=60, batch_size=2))
+    trace = [(event.nfe, event.best.reward) for event in events if event.best is not None]
     assert [n for n, _ in trace] == [12, 24, 36, 48, 60] and trace == sorted(trace)
 
 

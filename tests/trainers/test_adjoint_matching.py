@@ -303,8 +303,10 @@ def test_adjoints_and_states_that_carry_gradient_pass_none_on():
     assert adjoints[0].tolist() == [[4.0] * 3] * 2 and adjoints[1].tolist() == [[2.0] * 3] * 2
     assert not any(a.requires_grad for a in adjoints.values())
     weights = torch.ones(2, 3, requires_grad=True)
-    through = lean_adjoints({0: start}, terminal, lambda k, x: weights * x)
+    states = {0: torch.ones(2, 3)}
+    through = lean_adjoints(states, terminal, lambda k, x: weights * x)
     assert not any(a.requires_grad for a in through.values())
+    assert not states[0].requires_grad
 
 
 def test_as_many_of_the_first_steps_as_their_share_and_one_at_least():

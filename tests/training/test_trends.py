@@ -113,8 +113,8 @@ def test_a_shift_is_judged_from_both_sides():
 def test_a_series_lets_go_of_what_is_older_than_its_window_but_not_of_the_last_few():
     series = Series()
     for step in range(0, 50, 5):
-        series.add(step, (float(step), 1.0), baseline=2, window=20)
-    assert series.steps == [30, 35, 40, 45] and series.values == [30.0, 35.0, 40.0, 45.0]  # 25 is 20 steps old
+        series.add(step, (float(step), 1.0), baseline=2, window=25)
+    assert series.steps == [25, 30, 35, 40, 45] and series.values == [25.0, 30.0, 35.0, 40.0, 45.0]  # 20 is 25 old
     seldom = Series()
     for step in range(0, 500, 100):
         seldom.add(step, (1.0, 1.0), baseline=2, window=20)

@@ -3,7 +3,7 @@
 A trace is what `run` yields, as (nfe, best reward) pairs; a table of results is (prompts, seeds), paired by both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +11,7 @@ from scipy.stats import spearmanr
 
 from visalign.statistics.bootstrap import RESAMPLES, Interval
 
-from .records import Event
-
 Trace = list[tuple[int, float]]
-
-
-def trace_of(events: Iterable[Event]) -> Trace:
-    """(nfe, best reward) of each event that has a result; the rewards never fall."""
-    return [(event.nfe, event.best.reward) for event in events if event.best is not None]
 
 
 def at_budgets(trace: Trace, budgets: Sequence[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from visalign.rewards.groups.candidates import picture_digest, shown_order, show
 from visalign.rewards.probability.rubric import RubricReward
 from visalign.rewards.probability.rubric_file import load_rubric, rubric_scores
 from visalign.rewards.vlm.chat import Reply, Token
+from visalign.rewards.vlm.judging import SamplingParams
 from visalign.rewards.written.auto_rubric import (
     AutoRubric,
     AutoRubricReward,
@@ -299,7 +300,7 @@ def preference(*ranks, levels=None):
 def test_judge_ranks_are_of_the_pictures_whatever_order_they_were_shown_in():
     groups = [list(grey(0.1, 0.9)), list(grey(0.5, 0.2, 0.8)), list(grey(0.9, 0.1))]
     for seed in range(4):
-        found = judge_ranks(Script(bright_first), ["r"] * 3, ["p"] * 3, groups, seed=seed)
+        found = judge_ranks(Script(bright_first), ["r"] * 3, ["p"] * 3, groups, SamplingParams(seed=seed))
         assert found == [(2, 1), (2, 3, 1), (1, 2)]
 
 
@@ -309,7 +310,7 @@ def test_judge_ranks_are_of_the_pictures_whatever_order_they_were_shown_in():
 )
 def test_an_answer_that_is_no_permutation_is_rejected(text):
     chat = Script(lambda *_: text)
-    assert judge_ranks(chat, ["r"], ["p"], [list(grey(0.1, 0.9))], retries=2) == [None]
+    assert judge_ranks(chat, ["r"], ["p"], [list(grey(0.1, 0.9))], SamplingParams(retries=2)) == [None]
     assert chat.calls == 3
 
 

@@ -12,7 +12,15 @@ from chats import Scripted, rational_reply
 from visalign.rewards import RewardError, make_reward, parse_spec, score
 from visalign.rewards.probability.ordinal import expected_rating, probability_better, rating_variance, tie_mass
 from visalign.rewards.vlm.chat import Message, Reply, Token
-from visalign.rewards.vlm.judging import RETRY_SEED_STEP, UPSTREAM, ask, fill, load_template, placeholder
+from visalign.rewards.vlm.judging import (
+    RETRY_SEED_STEP,
+    UPSTREAM,
+    SamplingParams,
+    ask,
+    fill,
+    load_template,
+    placeholder,
+)
 from visalign.rewards.vlm.parsing import Unreadable
 from visalign.rewards.written.editscore import EditPass, edit_scores
 from visalign.rewards.written.rational_rewards import rational_score, read_aspects, refined_prompt
@@ -72,7 +80,7 @@ def _digit(text: str, probabilities: dict[str, float]) -> Token:
 def test_unreadable_answers_are_asked_for_again_with_other_seeds_and_readable_ones_are_not():
     chat = Scripted(lambda c, o: "ok" if _text(c) == "easy" or o["seed"] >= 7 + 2 * RETRY_SEED_STEP else "??")
     asked = [[Message("user", (text,))] for text in ("easy", "hard")]
-    answers = ask(chat, asked, _ok, max_tokens=5, seed=7, temperature=0.3)
+    answers = ask(chat, asked, _ok, SamplingParams(5, seed=7, temperature=0.3))
     assert [answer.value for answer in answers] == ["ok", "ok"]
     assert [(_text(c), o["seed"] - 7) for c, o in chat.asked] == [
         ("easy", 0),
@@ -85,14 +93,14 @@ def test_unreadable_answers_are_asked_for_again_with_other_seeds_and_readable_on
 
 def test_asking_again_from_temperature_0_draws_instead_of_repeating():
     chat = Scripted(lambda c, o: "??")
-    (answer,) = ask(chat, [[Message("user", ("x",))]], _ok, max_tokens=5, retries=2)
+    (answer,) = ask(chat, [[Message("user", ("x",))]], _ok, SamplingParams(5, retries=2))
     assert answer.value is None and answer.problem == "unreadable answer: not ok; it ends '??'"
     assert [o["temperature"] for _, o in chat.asked] == [0, 0.7, 0.7]
 
 
 def test_a_failed_request_is_not_repeated_and_says_why():
     chat = Scripted(lambda c, o: Reply("", error="503 busy"))
-    (answer,) = ask(chat, [[Message("user", ("x",))]], _ok, max_tokens=5)
+    (answer,) = ask(chat, [[Message("user", ("x",))]], _ok, SamplingParams(5))
     assert answer.problem == "no answer: 503 busy" and len(chat.asked) == 1
 
 

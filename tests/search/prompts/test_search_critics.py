@@ -110,7 +110,7 @@ def test_each_attempt_asks_with_another_seed_and_all_pictures_together():
     assert [c.score for c in critiques] == pytest.approx([0.5, 0.5]) and critiques[0].refined == "a bright cat"
     assert critiques[0].tokens == count_tokens(chat, rational_reply("3", "2"))
     assert [count_tokens(chat, "x" * n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]  # where the tokenizer is not here
-    assert [o["seed"] for _, o in chat.asked] == [0, 0, 3, 3] and critic.judge.seed == 0
+    assert [o["seed"] for _, o in chat.asked] == [0, 0, 3, 3] and critic.judge.params.seed == 0
     system, user = chat.asked[-1][0]
     assert "asked for: b\n" in user.parts[0] and torch.equal(user.parts[1], PICTURES[1]) and system.parts[0]
 

@@ -190,7 +190,7 @@ class VLMCritic:
     ) -> list[Critique]:
         """One critique a picture; what fails or cannot be read has its `problem`."""
         judge = copy.copy(self.judge)
-        judge.seed += attempt
+        judge.params = replace(judge.params, seed=judge.params.seed + attempt)
         if "references" in judge.needs:
             source_images(context, len(images), judge.name)
         output = judge(images, prompts, context)

@@ -15,7 +15,7 @@ from typing import Any
 
 from visalign.locations import load_location
 from visalign.rewards.vlm.chat import Chat, Message
-from visalign.rewards.vlm.judging import check_count, check_temperature, load_template, open_chat
+from visalign.rewards.vlm.judging import SamplingParams, load_template, open_chat
 from visalign.search.chain import Chain
 from visalign.search.records import Event
 
@@ -77,12 +77,8 @@ class Rewriter:
         seed: int = 0,
         thinking: bool | None = False,
     ) -> None:
-        check_count({"max_tokens": max_tokens}, max_tokens=1)
-        check_temperature({"temperature": temperature})
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p: got {top_p}, expected 0 < top_p <= 1")
+        self.params = SamplingParams(max_tokens, temperature, top_p, seed)
         self.system = SYSTEM if system is None else load_template("prompt_enhancer", system)
-        self.temperature, self.top_p, self.max_tokens, self.seed = temperature, top_p, max_tokens, seed
         self.tokens = 0  # written so far
         self.problems: list[str] = []
         options = dict(chat_options or {})
@@ -99,8 +95,8 @@ class Rewriter:
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """A rewritten prompt for each, all asked for at once."""
         turns = [[Message("system", (self.system,)), Message("user", (prompt,))] for prompt in prompts]
-        sampling: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        replies = self.chat(turns, max_tokens=self.max_tokens, **sampling)
+        drawn = {name: getattr(self.params, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+        replies = self.chat(turns, **drawn)
         self.problems += [f"no answer: {reply.error}" for reply in replies if reply.error is not None]
         self.tokens += sum(count_tokens(self.chat, reply.text) for reply in replies)
         return [read_rewrite(reply.text, prompt) for prompt, reply in zip(prompts, replies)]
