@@ -176,7 +176,7 @@ class ModelSession:
 def read(reward: Reward, images: Tensor, prompt: str) -> list[Reading]:
     """What a reward says of pictures (N, 3, H, W) of one prompt; where it refuses them, why."""
     try:
-        result = score(reward, images, [prompt] * len(images))
+        result = score(reward, images, [prompt] * len(images), on_fail="later")
     except ValueError as error:
         return [Reading(None, problem=" ".join(str(error).split()))] * len(images)
     readings, one = [], next(iter(result.outputs.values())) if len(result.outputs) == 1 else None
@@ -184,7 +184,10 @@ def read(reward: Reward, images: Tensor, prompt: str) -> list[Reading]:
         parts = one.criteria if one is not None else result.parts
         criteria = {key: float(values[n]) for key, values in parts.items() if values[n] == values[n]}
         why = one.rationale[n] if one is not None and one.rationale is not None else None
-        readings.append(Reading(float(result.total[n]), criteria, why))
+        if result.valid[n]:
+            readings.append(Reading(float(result.total[n]), criteria, why))
+        else:
+            readings.append(Reading(None, problem=f"could not be scored: {why or result.problem}"))
     return readings
 
 

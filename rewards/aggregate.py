@@ -25,12 +25,18 @@ def weighted_sum(scores: Tensor, weights: Tensor) -> Tensor:
 
 
 def log_tamed_sum(
-    scores: Tensor, weights: Tensor, threshold: float | Literal["mean", "median"] = "mean"
+    scores: Tensor,
+    weights: Tensor,
+    threshold: float | Literal["mean", "median"] = "mean",
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum after log(1 + r) of the rewards that vary too much (PaCo-GRPO, arXiv:2512.04784).
 
     Reward k is tamed where its variation h_k = std_k / (mean_k + 1e-6), population std, over all N samples, exceeds
     the threshold, which is a number or the mean or median of all h.
+
+    Args:
+        valid: (K, N) bool: of these samples h_k is; None: of all.
 
     Returns:
         The sum (N,), and which rewards were tamed, (K,) bool.
@@ -40,7 +46,8 @@ def log_tamed_sum(
     """
     scores, weights = _checked(scores, weights)
     flat = scores.detach().double()
-    variation = flat.std(dim=1, correction=0) / (flat.mean(dim=1) + 1e-6)
+    rows = flat if valid is None else [row[there] if there.any() else row for row, there in zip(flat, valid)]
+    variation = torch.stack([row.std(correction=0) / (row.mean() + 1e-6) for row in rows])
     if threshold == "mean":
         limit = variation.mean()
     elif threshold == "median":
@@ -171,13 +178,17 @@ def normalised_sum(
     std: Literal["group", "global"] = "group",
     eps: float = 1e-4,
     mode: Literal["max", "add"] = "add",
+    valid: Tensor | None = None,
 ) -> Tensor:
     """sum_k w_k A_k, (N,) advantages, each A_k as `group_advantages` gives it; weights do not even out units here.
 
     With mode "add" a reward's scale matters as far as eps is not small against its std; with "max" not at all above it.
+    `valid`, (K, N) bool: an A_k is 0 where False.
     """
     scores, weights = _checked(scores, weights)
-    return weighted_sum(torch.stack([group_advantages(r, group_ids, std, 0, eps, mode) for r in scores]), weights)
+    there = [None] * len(scores) if valid is None else list(valid)
+    rows = [group_advantages(r, group_ids, std, 0, eps, mode, v) for r, v in zip(scores, there)]
+    return weighted_sum(torch.stack(rows), weights)
 
 
 def correlation_weights(scores: Tensor, temperature: float = 0.5) -> Tensor:

@@ -61,8 +61,15 @@ class Combine:
     def gates(self) -> Mapping[str, float]:
         return self.options.get("gates", {})
 
-    def __call__(self, scores: Tensor, weights: Sequence[float], labels: Sequence[str], group_ids: Tensor) -> Tensor:
-        """Scores (K, N) of the rewards `labels` to (N,), in the scores' dtype."""
+    def __call__(
+        self,
+        scores: Tensor,
+        weights: Sequence[float],
+        labels: Sequence[str],
+        group_ids: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Scores (K, N) of the rewards `labels` to (N,), in the scores' dtype; `valid` (K, N), see `aggregate`."""
         function = COMBINERS[self.name]
         takes = inspect.signature(function).parameters
         given: dict[str, Any] = {key: value for key, value in self.options.items() if key != "gates"}
@@ -70,6 +77,8 @@ class Combine:
             given["weights"] = torch.tensor(weights, dtype=torch.float64, device=scores.device)
         if "group_ids" in takes:
             given["group_ids"] = group_ids
+        if "valid" in takes and valid is not None and not valid.all():
+            given["valid"] = valid.to(scores.device)
         if "thresholds" in takes:
             given["thresholds"] = torch.tensor([self.gates.get(label, -math.inf) for label in labels]).to(scores)
         result = function(scores, **given)

@@ -1,9 +1,11 @@
 """Samples that could not be scored: what stands in for their scores."""
 
+import math
+
 import torch
 from torch import Tensor
 
-ON_FAIL = ("group_mean", "zero", "midpoint", "raise")
+ON_FAIL = ("group_mean", "zero", "midpoint", "raise", "later")
 
 
 def fill_invalid(
@@ -16,7 +18,8 @@ def fill_invalid(
     """Scores (N,) with those of failed samples replaced.
 
     By `on_fail`: "group_mean" the mean of the group's valid samples, which is a zero advantage (of all valid samples,
-    where the group has none); "zero"; "midpoint" of the reward's range.
+    where the group has none); "zero"; "midpoint" of the reward's range; "later": any number the reward
+    might give, for a caller that looks at `valid` and has more samples to come (it never raises).
 
     Args:
         group_ids: (N,) int64; None: all are one group.
@@ -36,9 +39,12 @@ def fill_invalid(
         return torch.where(valid, scores, 0.0)
     if on_fail == "midpoint":
         middle = sum(bounds) / 2
-        if not torch.tensor(middle).isfinite():
+        if not math.isfinite(middle):
             raise ValueError(f"on_fail: got 'midpoint' for a reward of range {bounds}, expected a finite range")
         return torch.where(valid, scores, middle)
+    if on_fail == "later" and not valid.any():
+        middle = sum(bounds) / 2
+        return torch.full_like(scores, middle if math.isfinite(middle) else min(max(0.0, bounds[0]), bounds[1]))
     if not valid.any():
         raise ValueError(f"none of {len(scores)} samples could be scored")
     ids = torch.zeros(len(scores), dtype=torch.long) if group_ids is None else group_ids.cpu()

@@ -1,5 +1,6 @@
 """Calling rewards safely: several combined into one, and `score`, which lets no unusable score through."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,21 +74,25 @@ class CombinedReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], context: Context | None = None) -> Tensor:
         """(N,), float32 on the images' device; members of weight 0 that are no gates are not called."""
-        ids, rows = (context or {}).get("group_ids"), []
+        ids, rows, scored = (context or {}).get("group_ids"), [], []
         for m in self.used:
             output = as_output(m.reward(images, prompts, context), m.label, prompts)
             scores = output.scores.to(images.device)
             if output.valid is not None and not output.valid.all():
                 scores = fill_invalid(scores.cpu(), output.is_valid, ids).to(images.device)
             rows.append(m.shaped(scores, output, ids))
-        return self.combine(torch.stack(rows), ids) if rows else torch.zeros(len(images), device=images.device)
+            scored.append(output.is_valid)
+        if not rows:
+            return torch.zeros(len(images), device=images.device)
+        return self.combine(torch.stack(rows), ids, torch.stack(scored).to(images.device))
 
-    def combine(self, scores: Tensor, group_ids: Tensor | None = None) -> Tensor:
+    def combine(self, scores: Tensor, group_ids: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Scores of the members in `used`, (K, N), to (N,): rewards or, where `output_kind` says so, advantages.
 
         Args:
             scores: as `Scores.shaped` holds them: filled in and transformed; of as many samples as `kind` needs.
             group_ids: (N,) int64; None: all are one group.
+            valid: (K, N) bool: what could be scored; the rest is in no statistic of a group. None: all.
 
         Raises:
             RewardError: scores that cannot be combined so, e.g. negative ones by their harmonic mean.
@@ -97,7 +102,7 @@ class CombinedReward:
         if len(scores) != len(labels):
             raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected ({len(labels)}, N) for {labels}")
         try:
-            return self.combiner(scores, weights, labels, ids.to(scores.device))
+            return self.combiner(scores, weights, labels, ids.to(scores.device), valid)
         except ValueError as error:
             raise RewardError(self.name, f"{error} (rewards in order: {labels})") from error
 
@@ -121,22 +126,27 @@ class Scores:
     parts: dict[str, Tensor]  # raw scores (N,) of each member by label; of a single reward, its own under its name
     shaped: Tensor  # (K, N): what `CombinedReward.combine` takes; of a single reward its scores, (1, N)
     valid: Tensor  # (N,) bool: no member that counts failed on the sample
+    scored: dict[str, Tensor]  # (N,) bool of each member by label: it could score the sample
+    problem: str | None = None  # why a sample failed, where one did and the reward says so
     outputs: dict[str, RewardOutput] = field(default_factory=dict)  # of each member in full (criteria, reasons, doubts)
 
     def split(self, sizes: Sequence[int]) -> "list[Scores]":
         """Cut into batches of these sizes, without `outputs`."""
-        parts = {label: values.split(sizes) for label, values in self.parts.items()}
-        pieces = zip(self.total.split(sizes), self.shaped.split(sizes, 1), self.valid.split(sizes))
-        return [
-            Scores(total, {label: values[n] for label, values in parts.items()}, shaped, valid)
-            for n, (total, shaped, valid) in enumerate(pieces)
-        ]
+        parts = [{k: v[rows] for k, v in self.parts.items()} for rows in _places(sizes)]
+        scored = [{k: v[rows] for k, v in self.scored.items()} for rows in _places(sizes)]
+        pieces = zip(self.total.split(sizes), parts, self.shaped.split(sizes, 1), self.valid.split(sizes), scored)
+        return [Scores(*piece, self.problem) for piece in pieces]
 
     @property
     def failed(self) -> dict[str, int]:
         """How many samples each member could not score, where any."""
         counts = {label: int((~output.is_valid).sum()) for label, output in self.outputs.items()}
         return {label: count for label, count in counts.items() if count}
+
+
+def _places(sizes: Sequence[int]) -> list[slice]:
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for end, size in zip(ends, sizes)]
 
 
 def score(
@@ -171,19 +181,31 @@ def score(
     prompts = list(prompts)
     outputs = {m.label: _checked_output(m.reward, m.label, images, prompts, context) for m in members}
     parts = {m.label: _filled(m, outputs[m.label], context, on_fail) for m in members}
+    scored = {label: output.is_valid for label, output in outputs.items()}
+    problem = next((found for m in members if (found := _problem(m.label, outputs[m.label]))), None)
     if combined is None:
-        return Scores(parts[single.name], parts, parts[single.name][None], outputs[single.name].is_valid, outputs)
+        total = parts[single.name]
+        return Scores(total, parts, total[None], scored[single.name], scored, problem, outputs)
     ids, everyone = (context or {}).get("group_ids"), torch.ones(len(images), dtype=torch.bool)
     shaped = torch.zeros(len(combined.used), len(images))
     for k, m in enumerate(combined.used):
         shaped[k] = m.shaped(parts[m.label], outputs[m.label], ids)
         _check_finite(shaped[k], everyone, m.label, prompts)
-    total = combined.combine(shaped, ids) if combined.used else torch.zeros(len(images))
+    total = torch.zeros(len(images))
+    if combined.used:
+        total = combined.combine(shaped, ids, torch.stack([scored[m.label] for m in combined.used]))
     _check_finite(total, everyone, combined.name, prompts)
     valid = everyone.clone()
     for m in combined.used:  # a member that is only reported may fail
-        valid &= outputs[m.label].is_valid
-    return Scores(total, parts, shaped, valid, outputs)
+        valid &= scored[m.label]
+    return Scores(total, parts, shaped, valid, scored, problem, outputs)
+
+
+def _problem(label: str, output: RewardOutput) -> str | None:
+    """Why the first failed sample failed, if any did."""
+    reasons = output.rationale or [None] * len(output.scores)
+    failed = (reason for reason, valid in zip(reasons, output.is_valid.tolist()) if not valid)
+    return next((f"{label}: {reason or 'gave no reason'}" for reason in failed), None)
 
 
 def _filled(member: Member, output: RewardOutput, context: Context | None, on_fail: str) -> Tensor:

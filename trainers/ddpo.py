@@ -158,7 +158,7 @@ class DDPO(Trainer):
         elif self.cfg.statistics == "batch":
             advantages = normalised(scores.total, scores.total[scores.valid])
         else:
-            advantages = group_advantages(scores.total, scores.group_ids)
+            advantages = group_advantages(scores.total, scores.group_ids, valid=scores.valid)
         return clip_advantages(advantages, self.cfg.max_advantage).float() * scores.valid, values
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:

@@ -195,11 +195,12 @@ class FlowGRPO(Trainer):
         """Of all samples of the iteration, (M,), from the scores of all processes; 0 where scoring failed."""
         cfg = self.cfg
         if self.scorer.output_kind == "advantages":
-            advantages = self.scorer.combine(scores.shaped, scores.group_ids)
+            advantages = self.scorer.combine(scores.shaped, scores.group_ids, scores.scored)
         elif cfg.advantages == "group":
-            advantages = group_advantages(scores.total, scores.group_ids, std=cfg.advantage_std or "global")
+            std: Literal["group", "global"] = cfg.advantage_std or "global"
+            advantages = group_advantages(scores.total, scores.group_ids, std=std, valid=scores.valid)
         else:
-            advantages = own_advantages(cfg.advantages, scores.total, scores.group_ids)
+            advantages = own_advantages(cfg.advantages, scores.total, scores.group_ids, scores.valid)
         return clip_advantages(advantages.float(), cfg.max_advantage) * scores.valid
 
     def steps_to_train(self, step: int, stored: list[int]) -> list[int]:

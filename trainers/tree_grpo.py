@@ -252,9 +252,9 @@ class TreeGRPO(Trainer):
         tree, images = branches.tree, branches.tree.images
         assert images is not None
         scores = self.loop.score(images, tree.leaf_prompts, branches.group_ids, self.cfg.batch_size)
-        rewards = self.scorer.combine(scores.shaped, scores.group_ids)
+        rewards = self.scorer.combine(scores.shaped, scores.group_ids, scores.scored)
         if self.cfg.method == "b2_diffurl":
-            rewards = self.history_scores(step, rewards, scores.group_ids, groups)
+            rewards = self.history_scores(step, rewards, scores.group_ids, groups, scores.valid)
         credit = {
             "branch_grpo": self.branch_credit,
             "tree_grpo": self.tree_credit,
@@ -262,18 +262,17 @@ class TreeGRPO(Trainer):
             "tp_grpo": self.turning_point_credit,
             "b2_diffurl": self.selected_credit,
         }[self.cfg.method]
-        edges = credit(tree, branches.group_ids, scores.local(rewards))
-        failed = ~scores.local(scores.valid)
+        local, valid = scores.local(rewards), scores.local(scores.valid)
+        edges = credit(tree, branches.group_ids, local, valid)
         for i, advantages in edges.items():
             layer = tree.layers[i]
-            spoilt = torch.zeros(len(layer.parents), dtype=torch.bool)
-            spoilt[tree.ancestors()[i + 1][failed]] = True  # a failed score below it
+            spoilt = ~self.scored(tree, i, valid)
             advantages = clip_advantages(advantages.float(), self.cfg.max_advantage)[layer.drawn]
             if self.cfg.method == "b2_diffurl":
                 signs = advantages > 0
                 advantages *= torch.where(signs, self.cfg.of("positive_weight"), self.cfg.of("negative_weight"))
             if self.cfg.method == "branch_grpo":
-                spoilt |= ~self.kept(step, i, tree, scores.local(rewards))
+                spoilt |= ~self.kept(step, i, tree, local, valid)
             branches.advantages[i] = advantages.masked_fill(spoilt[layer.drawn], 0.0).to(tree.final.device)
         sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
         values = scores.values() | {
@@ -284,72 +283,79 @@ class TreeGRPO(Trainer):
 
     # Credit: {step: advantages (E,) of all nodes after the step}; those that came by the ODE are not used ------------
 
-    def branch_credit(self, tree: Tree, _ids: Tensor, rewards: Tensor) -> dict[int, Tensor]:
+    def scored(self, tree: Tree, i: int, valid: Tensor) -> Tensor:
+        """Which nodes after a step have a scored leaf below, (E,)."""
+        none = torch.zeros(len(tree.layers[i].parents), dtype=torch.bool)
+        return none.index_fill(0, tree.ancestors()[i + 1][valid], True)
+
+    def branch_credit(self, tree: Tree, _ids: Tensor, rewards: Tensor, valid: Tensor) -> dict[int, Tensor]:
         """BranchGRPO: a node's mean reward among the nodes of its depth in its tree."""
         ancestors, edges = tree.ancestors(), {}
         for i in self.noisy_steps(tree):
-            values = node_means(rewards, ancestors[i + 1], len(tree.layers[i].parents))
-            edges[i] = depth_advantages(values, tree.roots[i + 1])
+            values = node_means(rewards, ancestors[i + 1], len(tree.layers[i].parents), valid)
+            edges[i] = depth_advantages(values, tree.roots[i + 1], valid=self.scored(tree, i, valid))
         return edges
 
-    def kept(self, step: int, i: int, tree: Tree, rewards: Tensor) -> Tensor:
+    def kept(self, step: int, i: int, tree: Tree, rewards: Tensor, valid: Tensor) -> Tensor:
         """BranchGRPO's pruning: which edges of a layer are trained, (E,)."""
         of, edges = self.cfg.of, torch.zeros(len(tree.layers[i].parents), dtype=torch.bool)
         if i + 1 in pruned_depths(step, of("prune_depths"), of("window_iterations"), self.cfg.num_steps):
             return edges
-        leaves = keep_by_width(rewards, tree.ancestors()[of("split_steps")[-1]], of("prune"))
+        leaves = keep_by_width(rewards, tree.ancestors()[of("split_steps")[-1]], of("prune"), valid)
         return edges.index_fill(0, tree.ancestors()[i + 1][leaves], True)
 
-    def tree_credit(self, tree: Tree, ids: Tensor, rewards: Tensor) -> dict[int, Tensor]:
+    def tree_credit(self, tree: Tree, ids: Tensor, rewards: Tensor, valid: Tensor) -> dict[int, Tensor]:
         """TreeGRPO: a leaf among those of its prompt, then backwards the weighted mean of the children."""
-        advantages = group_advantages(rewards, ids, eps=1e-8, mode="add").double()
+        advantages = group_advantages(rewards, ids, eps=1e-8, mode="add", valid=valid).double()
         steps = self.noisy_steps(tree)
-        advantages = node_means(advantages, tree.ancestors()[steps[-1] + 1], len(tree.layers[steps[-1]].parents))
+        last = len(tree.layers[steps[-1]].parents)
+        advantages = node_means(advantages, tree.ancestors()[steps[-1] + 1], last, valid)
         edges = {steps[-1]: advantages}
         for i in reversed(steps[:-1]):  # the window has no gap
-            layer, count = tree.layers[i + 1], len(tree.layers[i].parents)
-            advantages = tree_backup(advantages, layer.log_probs.cpu(), layer.parents, count, self.cfg.of("backup"))
+            layer, count, below = tree.layers[i + 1], len(tree.layers[i].parents), self.scored(tree, i + 1, valid)
+            given = (advantages, layer.log_probs.cpu(), layer.parents, count, self.cfg.of("backup"))
+            advantages = tree_backup(*given, below)
             edges[i] = advantages
         return edges
 
-    def tempflow_credit(self, tree: Tree, ids: Tensor, rewards: Tensor) -> dict[int, Tensor]:
+    def tempflow_credit(self, tree: Tree, ids: Tensor, rewards: Tensor, valid: Tensor) -> dict[int, Tensor]:
         """TempFlow-GRPO: an image among those that branched off at the same step of the same prompt's path."""
         ancestors, edges = tree.ancestors(), {}
         for i in self.noisy_steps(tree):
             layer = tree.layers[i]
             below = torch.isin(ancestors[i + 1], layer.drawn)
             advantages = torch.zeros(len(layer.parents))
-            advantages[ancestors[i + 1][below]] = group_advantages(rewards[below], ids[below])
+            advantages[ancestors[i + 1][below]] = group_advantages(rewards[below], ids[below], valid=valid[below])
             edges[i] = advantages
         return edges
 
-    def turning_point_credit(self, tree: Tree, ids: Tensor, rewards: Tensor) -> dict[int, Tensor]:
+    def turning_point_credit(self, tree: Tree, ids: Tensor, rewards: Tensor, valid: Tensor) -> dict[int, Tensor]:
         """TP-GRPO: the steps' rewards, each among those of the same step and prompt."""
         steps = self.noisy_steps(tree)
         count = len(steps) + 1  # leaves of a tree: the trunk's first, then the completions, the latest first
         along = turning_point_rewards(rewards.view(-1, count).flip(1).T, self.cfg.of("bonus"))
-        edges, groups = {}, ids.view(-1, count)[:, 0]
+        edges, groups, whole = {}, ids.view(-1, count)[:, 0], valid.view(-1, count).all(1)
         for i, row in zip(steps, along):
             advantages = torch.zeros(len(tree.layers[i].parents))
-            advantages[tree.layers[i].drawn] = group_advantages(row, groups)
+            advantages[tree.layers[i].drawn] = group_advantages(row, groups, valid=whole)
             edges[i] = advantages
         return edges
 
-    def selected_credit(self, tree: Tree, _ids: Tensor, scores: Tensor) -> dict[int, Tensor]:
+    def selected_credit(self, tree: Tree, _ids: Tensor, scores: Tensor, _valid: Tensor) -> dict[int, Tensor]:
         """B2-DiffuRL: the normalised reward, of the best and the worst of each branching, from the branching on."""
         selected = select_branches(scores, tree.roots[-1], self.cfg.of("keep_above"), self.cfg.of("keep_below"))
         split = [len(layer.parents) for layer in tree.layers].index(len(tree))  # what is before is not trained
         return {i: scores * selected for i in self.noisy_steps(tree) if i >= split}
 
-    def history_scores(self, step: int, rewards: Tensor, ids: Tensor, groups: list[Group]) -> Tensor:
-        """B2-DiffuRL's normalised rewards of all leaves, with the last stages' of the same prompt."""
+    def history_scores(self, step: int, rewards: Tensor, ids: Tensor, groups: list[Group], valid: Tensor) -> Tensor:
+        """B2-DiffuRL's normalised rewards of all leaves, with the last stages' of the same prompt; 0 where failed."""
         memory = self.state.extra
         past = [(k, p, values) for k, p, values in memory.get("history", []) if k >= step - self.cfg.of("history")]
-        scores = torch.empty(len(rewards))
+        scores = torch.zeros(len(rewards))
         texts = [groups[k].prompt for k in ids.tolist()]
         now = []
         for prompt in dict.fromkeys(texts):
-            rows = torch.tensor([k for k, text in enumerate(texts) if text == prompt])
+            rows = torch.tensor([k for k, text in enumerate(texts) if text == prompt and valid[k]], dtype=torch.long)
             before = [v for _, p, values in past if p == prompt for v in values]
             scores[rows] = history_scores(rewards[rows], torch.tensor(before))
             now.append([step, prompt, rewards[rows].tolist()])

@@ -14,6 +14,7 @@ Ours: rewards that go below 0 are shifted by their running minimum, weights are 
 clipped after they are weighted.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,25 +167,25 @@ class VGPO(Trainer):
         rewards, self.state.extra["reward_minimum"] = shift_rewards(
             rewards, self.state.extra.get("reward_minimum", 0.0)
         )
+        whole = valid.all(0)  # a step that failed leaves no values before it
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
-        advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std)
+        advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std, valid=whole)
         advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage)
-        advantages = advantages * valid.all(0).double()
-        groups = group_statistics(values.mean(0), group_ids)
+        groups = group_statistics(values.mean(0), group_ids, valid=whole)
         lowest = self.state.extra["reward_minimum"]
         here = torch.isin(group_ids, scores.local(scores.group_ids))  # of its first step's images, as of all
         order = torch.cat([here.nonzero().flatten(), (~here).nonzero().flatten()])  # this process's first
-        seen = group_ids[order], (rewards[-1] + lowest)[order]
-        last = {label: part.view(count, -1)[-1] for label, part in scores.parts.items()}
+        seen = group_ids[order], (rewards[-1] + lowest).masked_fill(~valid[-1], math.nan)[order]
+        last = {k: part.view(count, -1)[-1][scores.scored[k].view(count, -1)[-1]] for k, part in scores.parts.items()}
         named = {f"reward_{label}": float(part.mean()) for label, part in last.items()} if len(last) > 1 else {}
         log = {
-            "reward_mean": float(rewards[-1].mean()) + lowest,
-            "instant_reward_first": float(rewards[0].mean()) + lowest,
-            "value_mean": float(values.mean()),
+            "reward_mean": float(rewards[-1, valid[-1]].mean()) + lowest,
+            "instant_reward_first": float(rewards[0, valid[0]].mean()) + lowest,
+            "value_mean": float(values[:, whole].mean()),
             "value_std_in_group": groups.stds.mean().item(),
             "zero_std_groups": groups.zero_std_fraction,
-            "temporal_weight_max": float(weights.max()),
+            "temporal_weight_max": float(weights[:, whole].amax()) if whole.any() else 0.0,
             "advantage_abs_mean": advantages.abs().mean().item(),
             "failed_scores": int((~valid).sum()),
             **named,

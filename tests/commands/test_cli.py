@@ -94,6 +94,21 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_picture_that_cannot_be_scored_gets_no_number(capsys, tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "from visalign.rewards import RewardOutput\n"
+        "def picky(images):\n"
+        "    values = images.mean(dim=(1, 2, 3))\n"
+        "    return RewardOutput(values, valid=values < 0.9, rationale=['too bright' for _ in values])\n"
+    )
+    for name, shade in (("white", 255), ("grey", 51)):
+        Image.new("RGB", (64, 64), (shade,) * 3).save(tmp_path / f"{name}.png")
+    paths = [str(tmp_path / "white.png"), str(tmp_path / "grey.png")]
+    cli.main(["score", *paths, "--prompt", "x", "--reward", f"{tmp_path / 'picky.py'}:picky"])
+    white, grey = capsys.readouterr().out.splitlines()
+    assert white.endswith("no score (picky: too bright)") and grey.endswith("0.2000")
+
+
 def test_score_reads_pictures_and_says_each_part(capsys, tmp_path):
     cli.main(["world", "show", "--count", "2", "--out", str(tmp_path)])
     Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")

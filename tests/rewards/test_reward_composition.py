@@ -199,7 +199,7 @@ def test_doubt_discounts_or_lowers_a_score(file):
         score(make_reward({"name": f"{file}:bright", "transform": "discount"}), IMAGES, PROMPTS)
 
 
-def test_failed_samples_are_filled_before_they_are_transformed_and_combined():
+def test_failed_samples_are_in_no_statistic_of_a_combination():
     valid = torch.tensor([True, True, False, True, True, True])
     broken = as_reward(lambda images: RewardOutput(images.mean(dim=(1, 2, 3)), valid=valid), "broken")
     fine = as_reward(lambda images: images[:, 0].mean(dim=(1, 2)), "fine")
@@ -207,10 +207,11 @@ def test_failed_samples_are_filled_before_they_are_transformed_and_combined():
     result = score(
         CombinedReward(members, read_combine({"combine": "normalised"})), IMAGES, PROMPTS, {"group_ids": IDS}
     )
-    filled = IMAGES.mean(dim=(1, 2, 3))
-    filled[2] = filled[:2].mean()
-    expected = aggregate.normalised_sum(torch.stack([filled.exp(), IMAGES[:, 0].mean(dim=(1, 2))]), torch.ones(2), IDS)
+    scores, rest = IMAGES.mean(dim=(1, 2, 3)).exp(), IMAGES[:, 0].mean(dim=(1, 2))
+    expected = aggregate.normalised_sum(rest[None], torch.ones(1), IDS)
+    expected[valid] += aggregate.normalised_sum(scores[None, valid], torch.ones(1), IDS[valid])
     torch.testing.assert_close(result.total, expected)
+    assert result.valid.tolist() == result.scored["broken"].tolist() == valid.tolist() and result.scored["fine"].all()
 
 
 def test_scores_that_cannot_be_combined_name_the_rewards(file):

@@ -155,7 +155,18 @@ class Judges(ToyChain):
     def _rewards(self, images, prompts):
         x = images.flatten(1).sum(1)
         self.member_scores.append(self.judged(x))
+        self._scored.append(torch.ones(len(x), dtype=torch.bool))
         return self.member_scores[-1].sum(0)
+
+
+def test_what_stands_for_a_failed_score_never_wins_and_is_not_reported():
+    chain, latents = toy_chain(), torch.zeros(3, 1)
+    chain._valid = torch.tensor([False, True, True])
+    chain._keep(torch.tensor([0.9, 0.9, 0.1]), latents, latents, [0, 1, 2])
+    assert chain.best.entity == 1 and chain.event().rewards == pytest.approx((0.9, 0.1))
+    chain._valid = torch.tensor([False])
+    chain._keep(torch.tensor([5.0]), latents[:1], latents[:1], [3])
+    assert chain.best.entity == 1
 
 
 def test_an_ensemble_chooses_by_mean_rank_among_all_so_far():

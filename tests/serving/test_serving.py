@@ -143,6 +143,19 @@ def test_a_weighted_sum_is_served_with_its_parts():
     assert set(next(iter(result.outputs.values())).criteria) >= {"a", "b"}
 
 
+def test_what_a_member_of_a_sum_could_not_score_is_served_as_unscored():
+    def flawed(images):
+        values = images.mean(dim=(1, 2, 3))
+        return RewardOutput(
+            values, valid=values != values[1], rationale=[None, "too plain", *[None] * (len(values) - 2)]
+        )
+
+    members = [Member("flawed", 1.0, as_reward(flawed)), Member("b", 1.0, as_reward(brightness))]
+    with serving(CombinedReward(members)) as server:
+        result = score(RemoteReward(server.url), IMAGES, PROMPTS)
+    assert result.valid.tolist() == [n != 1 for n in range(len(IMAGES))]
+
+
 def test_scoring_by_hand_with_json_and_multipart():
     eight_bits, expected = IMAGES[:2], (IMAGES[:2] * 255).round().div(255).flatten(1).mean(1).tolist()
     with serving(brightness) as server:

@@ -234,14 +234,19 @@ def test_b2_remembers_a_prompts_rewards_for_some_stages(loop):
     prompts = loop.plan.prompts
     groups = iteration_groups(prompts, 0, 2, 1, 0)
     ids, rewards = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.1, 0.2, 0.3])
-    first = trainer.history_scores(0, rewards, ids, groups)
+    every = torch.ones(6, dtype=torch.bool)
+    first = trainer.history_scores(0, rewards, ids, groups, every)
     assert [entry[:2] for entry in loop.state.extra["history"]] == [[0, g.prompt] for g in groups]
-    second = trainer.history_scores(1, rewards + 1, ids, groups)
+    second = trainer.history_scores(1, rewards + 1, ids, groups, every)
     assert second.min() > 0.5 and first.view(2, 3).sum(1).abs().max() < 1e-5
-    assert torch.equal(trainer.history_scores(5, rewards, ids, groups), first), "all has been forgotten"
+    assert torch.equal(trainer.history_scores(5, rewards, ids, groups, every), first), "all has been forgotten"
     assert json.loads(json.dumps(loop.state.extra)) == loop.state.extra
     trainer.cfg = replace(trainer.cfg, history=0)
-    assert torch.equal(trainer.history_scores(6, rewards, ids, groups), first)
+    assert torch.equal(trainer.history_scores(6, rewards, ids, groups, every), first)
+    some = torch.tensor([True, False, True, True, True, True])
+    scores = trainer.history_scores(7, rewards, ids, groups, some)
+    torch.testing.assert_close(scores[:3], torch.tensor([-1.0, 0.0, 1.0]) / 2**0.5, atol=1e-5, rtol=0)
+    assert loop.state.extra["history"][-2][2] == pytest.approx([0.1, 0.3]), "what failed is not remembered"
 
 
 def test_an_empty_selection_makes_no_update(loop):
@@ -268,21 +273,26 @@ def test_the_gradient_is_that_of_every_edge_by_itself_and_ratios_begin_at_1(loop
     torch.testing.assert_close(shared, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
-def test_a_failed_score_leaves_the_edges_above_it_without_signal(loop, monkeypatch):
-    trainer = trainer_of(loop)
+def test_a_failed_score_leaves_its_own_edges_without_signal_and_is_in_no_mean_above(loop, monkeypatch):
+    trainer, seen = trainer_of(loop), []
     score = trainer.scorer.submit
 
     def failing(images, prompts, ids):
         future = score(images, prompts, ids)
         scored = future.result()
+        seen.append(torch.cat([s.total for s in scored]))
         scored[0] = replace(scored[0], valid=torch.tensor([False] + [True] * 3))
         return future
 
     monkeypatch.setattr(trainer.scorer, "submit", failing)
     branches, values = assigned(trainer)
     assert values["failed_scores"] == 2  # the first leaf of each tree
-    assert branches.advantages[0].eq(0).tolist() == [True, False, True, False]
     assert branches.advantages[2].eq(0).tolist() == [True, False, False, False] * 2
+    leaves = torch.cat(seen).view(2, 4).double()
+    nodes = torch.stack([leaves[:, 1], leaves[:, 2:].mean(1)], 1)  # of the first node one leaf is known
+    sign = (nodes[:, 0] - nodes[:, 1]).sign()
+    wanted = torch.stack([sign, -sign], 1) / 2**0.5
+    torch.testing.assert_close(branches.advantages[0].view(2, 2).double(), wanted, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

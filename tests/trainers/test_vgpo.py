@@ -8,7 +8,8 @@ import pytest
 import torch
 from trainer_checks import refused, scored
 
-from visalign.advantages.group import group_advantages
+from visalign.advantages.group import clip_advantages, group_advantages
+from visalign.advantages.process_values import dual_advantages, process_values, temporal_weights
 from visalign.data.prompts import iteration_groups
 from visalign.rewards import make_reward
 from visalign.trainers import vgpo
@@ -207,7 +208,13 @@ def test_a_failed_score_leaves_its_sample_without_an_advantage(loop):
     valid[1, 2] = False
     result, values, _ = advantages(trainer, batches, valid.flatten())
     assert values["failed_scores"] == 1 and result[:, 2].abs().max() == 0
-    assert torch.equal(result[:, [0, 1, 3, 4, 5]], base[:, [0, 1, 3, 4, 5]])
+    others, mates = [3, 4, 5], [0, 1]  # of the other group, and of its own: as if there had been these two alone
+    assert torch.equal(result[:, others], base[:, others])
+    cfg, rewards = trainer.cfg, batches[1].total.view(4, 6)[:, mates]
+    values = process_values(rewards, cfg.discount)
+    alone = dual_advantages(values, torch.zeros(2, dtype=torch.int64), cfg.absolute, cfg.horizon, cfg.advantage_std)
+    wanted = clip_advantages(temporal_weights(values, limit=cfg.max_weight).float() * alone, cfg.max_advantage)
+    torch.testing.assert_close(result[:, mates], wanted[trainer.trained])
 
 
 def gradient(trainer, batches):

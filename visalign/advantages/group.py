@@ -16,14 +16,17 @@ class GroupStatistics(NamedTuple):
     zero_std_fraction: float  # share of groups that give no signal; high: raise the group size or filter prompts
 
 
-def group_statistics(rewards: Tensor, group_ids: Tensor, ddof: int = 0) -> GroupStatistics:
+def group_statistics(rewards: Tensor, group_ids: Tensor, ddof: int = 0, valid: Tensor | None = None) -> GroupStatistics:
     """Mean and std of the rewards of each group.
 
     Args:
         rewards: (N,), finite.
         group_ids: (N,), an integer type: the sampler's index of the prompt, not its text.
         ddof: 0 divides the squared deviations by the size, 1 by the size less one.
+        valid: (N,) bool; others are left out, and groups without any. None: all.
     """
+    if valid is not None:
+        rewards, group_ids = rewards[_mask(valid, rewards)], group_ids[_mask(valid, rewards)]
     rewards, group_ids = _checked(rewards, group_ids, ddof)
     ids, inverse = group_ids.unique(return_inverse=True)
     sizes, means, stds, equal = _grouped(rewards, inverse, len(ids), ddof)
@@ -37,6 +40,7 @@ def group_advantages(
     ddof: int = 0,
     eps: float = 1e-4,
     mode: Literal["max", "add"] = "max",
+    valid: Tensor | None = None,
 ) -> Tensor:
     """(reward - group mean) / std, (N,): computed in float64, returned in float32.
 
@@ -51,7 +55,13 @@ def group_advantages(
         ddof: as in `group_statistics`.
         eps: floor of the std.
         mode: "max" divides by max(std, eps), "add" by std + eps.
+        valid: (N,) bool; the others, whose scoring failed, belong to no statistic and get exactly 0. None: all.
     """
+    if valid is not None and not bool(valid.all()):
+        rows, out = _mask(valid, rewards), torch.zeros(len(rewards), device=rewards.device)
+        if rows.any():
+            out[rows] = group_advantages(rewards[rows], group_ids[rows], std, ddof, eps, mode)
+        return out
     if std not in ("group", "global"):
         raise ValueError(f"std: got {std!r}, expected 'group' or 'global'")
     if mode not in ("max", "add"):
@@ -73,6 +83,13 @@ def clip_advantages(advantages: Tensor, limit: float) -> Tensor:
     if not limit > 0:
         raise ValueError(f"limit: got {limit}, expected > 0")
     return advantages.clamp(-limit, limit)
+
+
+def _mask(valid: Tensor, rewards: Tensor) -> Tensor:
+    if valid.dtype != torch.bool or valid.shape != rewards.shape:
+        got = f"{valid.dtype} {tuple(valid.shape)}"
+        raise ValueError(f"valid: got {got}, expected bool {tuple(rewards.shape)}, as rewards")
+    return valid.to(rewards.device)
 
 
 def _grouped(rewards: Tensor, inverse: Tensor, count: int, ddof: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

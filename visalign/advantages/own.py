@@ -36,12 +36,18 @@ def load_advantages(advantages: str) -> Callable[[Tensor, Tensor], Tensor]:
     return function
 
 
-def own_advantages(advantages: str, rewards: Tensor, group_ids: Tensor) -> Tensor:
+def own_advantages(advantages: str, rewards: Tensor, group_ids: Tensor, valid: Tensor | None = None) -> Tensor:
     """Advantages (M,) of rewards (M,), float64, and group ids (M,), int64, by the function at a location.
+
+    It is given those of the `valid` samples, (M,) bool, alone; the others get 0. None: all are.
 
     Raises:
         ValueError: what it gives is not (M,) finite numbers.
     """
+    if valid is not None and not valid.all():
+        out = torch.zeros(len(rewards), dtype=torch.float64)
+        out[valid] = own_advantages(advantages, rewards[valid], group_ids[valid]).double()
+        return out
     values = torch.as_tensor(load_advantages(advantages)(rewards.clone(), group_ids.clone()))
     if values.shape != rewards.shape or not values.isfinite().all():
         kind = f"shape {tuple(values.shape)}" if values.shape != rewards.shape else "numbers that are not finite"

@@ -3,6 +3,8 @@
 Rewards here are (T, N): row i belongs to the state after step i, so the last row is the finished image's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,13 @@ def temporal_weights(values: Tensor, eps: float = 1e-6, limit: float = 5.0) -> T
 
 
 def dual_advantages(
-    values: Tensor, group_ids: Tensor, absolute: float = 0.0, horizon: int = 5, std: str = "group", eps: float = 1e-4
+    values: Tensor,
+    group_ids: Tensor,
+    absolute: float = 0.0,
+    horizon: int = 5,
+    std: str = "group",
+    eps: float = 1e-4,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """VGPO's advantages before the temporal weight, a relative and an absolute term (eqs. 12 and 13), (T, N) float32.
 
@@ -81,13 +89,16 @@ def dual_advantages(
         absolute: k >= 0; 0 leaves Flow-GRPO's advantage of each step.
         horizon: steps from the first that have the absolute term.
         std, eps: as in `group_advantages`, over the samples of one step; ddof 0.
+        valid: (N,) bool; the others get 0 and are in no statistic. None: all.
     """
     _check(values, "values")
     if not absolute >= 0:
         raise ValueError(f"absolute: got {absolute}, expected >= 0")
     if horizon < 0:
         raise ValueError(f"horizon: got {horizon}, expected >= 0")
-    relative = torch.stack([group_advantages(row, group_ids, std=std, eps=eps) for row in values])  # type: ignore[arg-type]
+    given: dict[str, Any] = {"std": std, "eps": eps, "valid": valid}
+    relative = torch.stack([group_advantages(row, group_ids, **given) for row in values])
+    values = values if valid is None else values * valid
     early = (torch.arange(len(values), device=values.device) < horizon).to(values.dtype)
     return relative + (absolute * early[:, None] * values).float()
 

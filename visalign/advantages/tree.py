@@ -11,22 +11,27 @@ from torch import Tensor
 from .group import group_advantages, group_statistics
 
 
-def node_means(rewards: Tensor, ancestors: Tensor, count: int) -> Tensor:
+def node_means(rewards: Tensor, ancestors: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
     """BranchGRPO's value of a node (arXiv:2509.06040): the mean reward of the leaves below it, (W,) float64.
 
     Args:
         rewards: (L,), of the leaves.
         ancestors: (L,), int64: the node of this depth that each leaf descends from.
         count: W, nodes of this depth, each with a leaf.
+        valid: (L,) bool: leaves that could be scored; a node without any has 0. None: all.
     """
     if rewards.shape != ancestors.shape or rewards.dim() != 1:
         shapes = f"{tuple(rewards.shape)}, {tuple(ancestors.shape)}"
         raise ValueError(f"rewards, ancestors: got shapes {shapes}, expected (L,) each")
+    if valid is not None:
+        rewards, ancestors = rewards[valid], ancestors[valid]
     sums = torch.zeros(count, dtype=torch.float64).index_add(0, ancestors, rewards.detach().double())
-    return sums / torch.bincount(ancestors, minlength=count)
+    return sums / torch.bincount(ancestors, minlength=count).clamp(min=1)
 
 
-def depth_advantages(values: Tensor, trees: Tensor, eps: float = 1e-8, least_std: float = 1e-6) -> Tensor:
+def depth_advantages(
+    values: Tensor, trees: Tensor, eps: float = 1e-8, least_std: float = 1e-6, valid: Tensor | None = None
+) -> Tensor:
     """BranchGRPO's advantages of the nodes of one depth (arXiv:2509.06040), (W,) float32; each tree's sum to 0.
 
     (value - mean) / (std + eps) over the nodes of the same tree, ddof 1; 0 for a node that is alone at its depth and
@@ -35,14 +40,22 @@ def depth_advantages(values: Tensor, trees: Tensor, eps: float = 1e-8, least_std
     Args:
         values: (W,), from `node_means`.
         trees: (W,), int64: the tree of each node.
+        valid: (W,) bool: nodes with a value; the others get 0. None: all.
     """
+    if valid is not None and not valid.all():
+        out = torch.zeros(len(values))
+        if valid.any():
+            out[valid] = depth_advantages(values[valid], trees[valid], eps, least_std)
+        return out
     advantages = group_advantages(values, trees, ddof=1, eps=eps, mode="add")
     stats = group_statistics(values, trees, ddof=1)
     spread = stats.stds[torch.searchsorted(stats.group_ids, trees)]
     return torch.where(spread < least_std, torch.zeros_like(advantages), advantages)
 
 
-def keep_by_width(rewards: Tensor, branches: Tensor, mode: Literal["none", "half", "extremes"]) -> Tensor:
+def keep_by_width(
+    rewards: Tensor, branches: Tensor, mode: Literal["none", "half", "extremes"], valid: Tensor | None = None
+) -> Tensor:
     """BranchGRPO's pruning by width (arXiv:2509.06040): the leaves that are trained, (L,) bool.
 
     Of the leaves of one branch (siblings of the last split) the better half, rounded down but at least one ("half"), or
@@ -50,14 +63,16 @@ def keep_by_width(rewards: Tensor, branches: Tensor, mode: Literal["none", "half
 
     Args:
         rewards, branches: (L,); leaves of one branch have the same number.
+        valid: (L,) bool: leaves that could be scored, of which these are chosen. None: all.
     """
     if mode not in ("none", "half", "extremes"):
         raise ValueError(f"mode: got {mode!r}, expected 'none', 'half' or 'extremes'")
-    selected = torch.full((len(rewards),), mode == "none")
+    valid = torch.ones(len(rewards), dtype=torch.bool) if valid is None else valid
+    selected = valid & (mode == "none")
     if mode == "none":
         return selected
-    for branch in branches.unique():
-        rows = (branches == branch).nonzero().flatten()
+    for branch in branches[valid].unique():
+        rows = ((branches == branch) & valid).nonzero().flatten()
         order = rows[rewards[rows].argsort(descending=True, stable=True)]
         worst = rows[rewards[rows].argmin()]
         selected[order[: max(1, len(rows) // 2)] if mode == "half" else torch.stack([order[0], worst])] = True
@@ -75,7 +90,12 @@ def pruned_depths(step: int, size: int, iterations: int, last: int) -> range:
 
 
 def tree_backup(
-    advantages: Tensor, log_probs: Tensor, parents: Tensor, count: int, weights: Literal["uniform", "softmax"]
+    advantages: Tensor,
+    log_probs: Tensor,
+    parents: Tensor,
+    count: int,
+    weights: Literal["uniform", "softmax"],
+    valid: Tensor | None = None,
 ) -> Tensor:
     """TreeGRPO's advantage of a node (arXiv:2512.08153): the weighted mean of its children's, (M,), like `advantages`.
 
@@ -87,14 +107,18 @@ def tree_backup(
         advantages, log_probs: (E,), of the edges to the children.
         parents: (E,), int64.
         count: M, nodes, each with a child.
+        valid: (E,) bool: edges with a scored leaf below; a node without any has 0. None: all.
     """
     if weights not in ("uniform", "softmax"):
         raise ValueError(f"weights: got {weights!r}, expected 'uniform' or 'softmax'")
+    if valid is not None:
+        advantages, log_probs, parents = advantages[valid], log_probs[valid], parents[valid]
     scores = torch.zeros_like(advantages) if weights == "uniform" else log_probs.to(advantages.dtype)
     top = torch.full((count,), -torch.inf, dtype=scores.dtype).scatter_reduce(0, parents, scores, "amax")
     exp = (scores - top[parents]).exp()
     zeros = advantages.new_zeros(count)
-    return zeros.index_add(0, parents, exp * advantages) / zeros.index_add(0, parents, exp)
+    mass = zeros.index_add(0, parents, exp)
+    return zeros.index_add(0, parents, exp * advantages) / torch.where(mass > 0, mass, 1.0)
 
 
 def progressive_steps(stage: int, first: int, last: int, stages: int) -> int:

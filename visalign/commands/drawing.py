@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visalign.images import images_to_pil
 from visalign.pipeline.generator import Generator
-from visalign.rewards import make_reward, parse_spec, score
+from visalign.rewards import Scores, make_reward, parse_spec, score
 from visalign.sampling.rollout import rollout
 from visalign.search import METHODS, find_method
 from visalign.search.session import Finer, search_prompts
@@ -106,9 +106,14 @@ def draw(generator: Generator, arguments: argparse.Namespace, reward: Any) -> No
         for start in range(0, arguments.count, arguments.batch_size):
             seeds = [arguments.seed + k for k in range(start, min(start + arguments.batch_size, arguments.count))]
             images = sample(generator, [prompt] * len(seeds), seeds)
-            scores = score(reward, images, [prompt] * len(seeds)).total.tolist() if reward else [None] * len(seeds)
-            for seed, image, value in zip(seeds, images_to_pil(images), scores):
+            scores = score(reward, images, [prompt] * len(seeds), on_fail="later") if reward else None
+            for n, (seed, image) in enumerate(zip(seeds, images_to_pil(images))):
                 path = arguments.out / f"{number:04d}-seed{seed}.png"
                 image.save(path)
-                print(path if value is None else f"{path}  {value:.4f}")
+                print(path if scores is None else f"{path}  {told(scores, n)}")
                 number += 1
+
+
+def told(scores: Scores, row: int) -> str:
+    """A sample's score in words, or why it has none."""
+    return f"{float(scores.total[row]):.4f}" if scores.valid[row] else f"no score ({scores.problem})"

@@ -18,6 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
     from visalign.images import pil_to_images
     from visalign.rewards import make_reward, parse_spec, score
 
+    from .drawing import told
+
     parse_spec(arguments.reward)
     images = []
     for path in arguments.images:
@@ -28,6 +30,6 @@ def run(arguments: argparse.Namespace) -> None:
     reward = make_reward(arguments.reward)
     for path, image in zip(arguments.images, images):
         with torch.no_grad():
-            result = score(reward, image[None], [arguments.prompt])
+            result = score(reward, image[None], [arguments.prompt], on_fail="later")
         parts = "  ".join(f"{name} {float(values[0]):.4f}" for name, values in result.parts.items())
-        print(f"{path}  {float(result.total[0]):.4f}" + (f"  ({parts})" if len(result.parts) > 1 else ""))
+        print(f"{path}  {told(result, 0)}" + (f"  ({parts})" if len(result.parts) > 1 and result.valid[0] else ""))

@@ -72,7 +72,7 @@ class Judge:
             if valid:
                 results.append({"score": total} | ({"parts": parts} if parts else {}))
             else:
-                why = f"reward {self.scorer.reward.name!r}: could not score this sample"
+                why = f"reward {self.scorer.reward.name!r}: could not score this sample ({scores.problem})"
                 results.append({"score": None, "why": why})
         return results
 

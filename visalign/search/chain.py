@@ -5,6 +5,7 @@ part of it is paid for in the ledger, and every random number has a key, so that
 else was drawn before changes a result.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,8 @@ class Chain:
         self.images: Tensor | None = None
         self.member_scores: list[Tensor] = []
         self._new: list[float] = []
+        self._scored: list[Tensor] = []  # of the last batches: (N,) bool, scored
+        self._valid = torch.empty(0, dtype=torch.bool)  # of the last latents
 
     @property
     def num_steps(self) -> int:
@@ -258,9 +261,10 @@ class Chain:
         if not rewards.isfinite().all():
             row = int((~rewards.isfinite()).nonzero()[0])
             raise RewardError(self.reward.name, f"gave {float(rewards[row])}, expected a number", row, self.prompt)
-        self._new += rewards.tolist()
-        k = int(rewards.argmax())
-        if self.best is None or float(rewards[k]) > self.best.reward:
+        scored = rewards.masked_fill(~self._valid, -math.inf)  # what stands for a failed score may steer, never win
+        self._new += rewards[self._valid].tolist()
+        k = int(scored.argmax())
+        if self._valid.any() and (self.best is None or float(rewards[k]) > self.best.reward):
             start = None if starts is None else starts[k : k + 1].clone()
             latents, images = latents[k : k + 1].clone(), images[k : k + 1].clone()
             self.best = Best(float(rewards[k]), latents, images, entities[k], start)
@@ -269,6 +273,7 @@ class Chain:
         """Rewards, images on the CPU, and the gradient of the rewards by the latents."""
         self.ledger.decodes += len(latents)
         self.ledger.reward_gradients += len(latents)
+        self._valid = torch.ones(len(latents), dtype=torch.bool)
         parts = [self._slope_of(part) for part in latents.detach().split(self.batch_size)]
         rewards, images, gradients = (torch.cat(column) for column in zip(*parts))
         return rewards, images, gradients
@@ -283,13 +288,14 @@ class Chain:
 
     @torch.no_grad()
     def _score(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        rewards, images, self.member_scores = [], [], []
+        rewards, images, self.member_scores, self._scored = [], [], [], []
         for part in latents.split(self.batch_size):
             seen = self.model.decode(part, [self.words] * len(part), **self.inputs)
             images.append(seen.cpu())
             rewards.append(self._rewards(seen, [self.prompt] * len(part)).double().cpu())
         self.ledger.decodes += len(latents)
         self.ledger.rewards += len(latents)
+        self._valid = torch.cat(self._scored)
         self.images = torch.cat(images)
         return torch.cat(rewards), self.images
 
@@ -298,6 +304,7 @@ class Chain:
             return as_output(self.reward(images, prompts, self.context), self.reward.name, prompts).scores
         result = score(self.reward, images, prompts, self.context)
         self.member_scores.append(result.shaped)
+        self._scored.append(result.valid)
         return result.total
 
     def _chunks(self, items: list[int]) -> list[list[int]]:

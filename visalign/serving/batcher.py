@@ -118,10 +118,10 @@ class Batcher:
     def _score(self, images: Tensor, prompts: list[str], context: dict[str, Any] | None) -> RewardOutput | Exception:
         try:
             if isinstance(self.reward, CombinedReward):
-                result = score(self.reward, images, prompts, context)
-                return RewardOutput(result.total, criteria=result.parts)
+                result = score(self.reward, images, prompts, context, on_fail="later")
+                return RewardOutput(result.total, criteria=result.parts, valid=result.valid)
             # What stands for failed samples is the client's choice: here they only must not stop the others.
-            [output] = score(self.reward, images, prompts, context, on_fail="zero").outputs.values()
+            [output] = score(self.reward, images, prompts, context, on_fail="later").outputs.values()
             return output
         except Exception as error:
             return error

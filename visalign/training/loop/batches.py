@@ -4,6 +4,7 @@ One record of scores grows on the way: `submit` hands batches to the reward, `ga
 and processes, `GatheredScores.assign` hands the advantages made of them back to the batches.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from visalign.advantages.group import group_statistics
 from visalign.data.prompts import Group
-from visalign.rewards import Scores
+from visalign.rewards import RewardError, Scores, fill_invalid
 from visalign.sampling.rollout import Trajectory
 from visalign.training.run.folder import Run
 
@@ -96,7 +97,8 @@ def submit(run: Run, scorer: Scorer, batches: Iterable[Batch]) -> Submitted:
 class GatheredScores(Scores):
     """Scores of all processes' M images, float64, in order of group and member: the same on any number of processes.
 
-    `total` means something for each sample by itself; `CombinedReward.combine(shaped, group_ids)` may say more.
+    `total` means something for each sample by itself; `Scorer.combine(shaped, group_ids, scored)` may say more. What
+    stands for failed samples are the means of their groups: of no meaning, and in no statistic (`valid`).
     """
 
     group_ids: Tensor  # (M,) int64, ascending
@@ -105,9 +107,12 @@ class GatheredScores(Scores):
 
     @property
     def as_gathered(self) -> tuple[Tensor, Tensor]:
-        """Groups and rewards in the order of gathering, the main process's first, as the hacking watch wants them."""
+        """Groups and rewards in the order of gathering, the main process's first, as the hacking watch wants them.
+
+        NaN where scoring failed.
+        """
         back = torch.argsort(self.order)
-        return self.group_ids[back], self.total[back]
+        return self.group_ids[back], self.total.masked_fill(~self.valid, math.nan)[back]
 
     def local(self, values: Tensor) -> Tensor:
         """Of (M,): this process's, in the order in which it gave them."""
@@ -127,14 +132,14 @@ class GatheredScores(Scores):
 
     def values(self) -> dict[str, float]:
         """What to log."""
-        groups = group_statistics(self.total, self.group_ids)
+        groups = group_statistics(self.total, self.group_ids, valid=self.valid)
         named = self.parts.items() if len(self.parts) > 1 else ()
         return {
-            "reward_mean": self.total.mean().item(),
+            "reward_mean": self.total[self.valid].mean().item(),
             "reward_std_in_group": groups.stds.mean().item(),
             "zero_std_groups": groups.zero_std_fraction,
             "failed_scores": int((~self.valid).sum()),
-            **{f"reward_{label}": values.mean().item() for label, values in named},
+            **{f"reward_{label}": values[self.scored[label]].mean().item() for label, values in named},
         }
 
 
@@ -143,19 +148,32 @@ def gather(accelerator: Accelerator, scorer: Scorer, group_ids: Tensor, scores: 
 
     Args:
         group_ids: (m,) of this process's images, whose scores come in the same order.
+
+    Raises:
+        RewardError: not one image of all processes could be scored.
     """
     device, labels = accelerator.device, scorer.labels
 
     def rows_of(s: Scores) -> Tensor:
-        return torch.cat([torch.stack([s.parts[label] for label in labels]), s.shaped, s.valid[None]]).double().T
+        parts, scored = (torch.stack([values[label] for label in labels]) for values in (s.parts, s.scored))
+        return torch.cat([parts, scored, s.valid[None], s.shaped]).double().T
 
     rows = torch.cat([rows_of(s) for s in scores])  # all of it in one tensor, to be gathered at once
     ids = accelerator.gather(group_ids.to(device)).cpu()
     rows = accelerator.gather(rows.to(device)).cpu()
     order = torch.argsort(ids, stable=True)
-    parts, shaped, valid = rows[order, : len(labels)].T, rows[order, len(labels) : -1].T, rows[order, -1] > 0
+    sizes = [len(labels), len(labels), 1, rows.shape[1] - 2 * len(labels) - 1]
+    parts, scored, valid, shaped = rows[order].T.split(sizes)
+    ids, valid, scored = ids[order], valid[0] > 0, scored > 0
+    problem = next((s.problem for s in scores if s.problem), None)
+    if not valid.any():
+        raise RewardError(scorer.reward.name, f"could score none of {len(ids)} images ({problem}); nothing was updated")
+    if not (scored.all() and valid.all()):
+        known = dict(zip(labels, scored))
+        parts = torch.stack([fill_invalid(p, v, ids, "later") for p, v in zip(parts, scored)])
+        filled = [fill_invalid(row, known[label], ids) for row, label in zip(shaped, scorer.used)]
+        shaped = torch.stack(filled) if filled else shaped
     count = len(ids) // accelerator.num_processes
     share = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
-    named = dict(zip(labels, parts))
-    total = scorer.plain(shaped)
-    return GatheredScores(total, named, shaped, valid, group_ids=ids[order], order=order, share=share)
+    named = (dict(zip(labels, parts)), shaped, valid, dict(zip(labels, scored)), problem)
+    return GatheredScores(scorer.plain(shaped), *named, group_ids=ids, order=order, share=share)

@@ -19,18 +19,23 @@ Extras = Callable[[list[int], list[str]], tuple[dict[str, Any], dict[str, Any]]]
 
 @dataclass
 class Evaluation:
-    """Scores (N,) by judge, the prompts they belong to, and the first few images, (M, 3, H, W)."""
+    """Scores (N,) by judge, NaN where one failed, their prompts, and the first few images, (M, 3, H, W)."""
 
     prompts: list[str]
     scores: dict[str, Tensor]
     images: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def known(self, name: str) -> Tensor:
+        """The scores that did not fail, float64."""
+        scores = self.scores[name].double()
+        return scores[scores.isfinite()]
+
     def mean(self, name: str) -> float:
-        return float(self.scores[name].double().mean())
+        return float(self.known(name).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
         """95 % interval of the mean over prompts."""
-        return mean_interval(self.scores[name].double().numpy())
+        return mean_interval(self.known(name).numpy())
 
 
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

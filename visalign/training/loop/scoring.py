@@ -1,7 +1,8 @@
 """Scoring while sampling goes on: rewards are asked in threads, and a batch's scores fetched when they are needed."""
 
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -113,6 +114,7 @@ class Scorer:
         context: what the prompt set knows of its prompts, handed to the reward with each batch.
 
     Attributes:
+        labels, used: of all its members, and of those whose scores are combined, in order.
         needs_groups: it compares the samples of a group, and must be given each group whole.
     """
 
@@ -128,6 +130,7 @@ class Scorer:
         self.reward, self.context = reward, context
         members = reward.members if isinstance(reward, CombinedReward) else ()
         self.labels = tuple(m.label for m in members) or (reward.name,)
+        self.used = tuple(m.label for m in reward.used) if isinstance(reward, CombinedReward) else self.labels
         self.needs_groups = any(r.kind != "pointwise" for r in ([m.reward for m in members] or [reward]))
         self.is_setwise = any(r.kind == "setwise" for r in ([m.reward for m in members] or [reward]))
         self.output_kind = getattr(reward, "output_kind", "scores")
@@ -151,12 +154,19 @@ class Scorer:
 
     def _score(self, images: Sequence[Tensor], prompts: Sequence[str], group_ids: Tensor) -> list[Scores]:
         context = self.context(prompts) | ({"group_ids": group_ids} if self.needs_groups else {})
-        scores = score(self.reward, torch.cat(list(images)), prompts, context)
+        scores = score(self.reward, torch.cat(list(images)), prompts, context, on_fail="later")
         return scores.split([len(batch) for batch in images])
 
-    def combine(self, shaped: Tensor, group_ids: Tensor) -> Tensor:
-        """(K, N) of all samples of an iteration to (N,): rewards or, where `output_kind` says so, advantages."""
-        return self.reward.combine(shaped, group_ids) if isinstance(self.reward, CombinedReward) else shaped[0]
+    def combine(self, shaped: Tensor, group_ids: Tensor, scored: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(K, N) of all samples of an iteration to (N,): rewards or, where `output_kind` says so, advantages.
+
+        Args:
+            scored: as `Scores` has it; what failed is in no statistic. None: nothing failed.
+        """
+        if not isinstance(self.reward, CombinedReward):
+            return shaped[0]
+        valid = None if scored is None else torch.stack([scored[label] for label in self.used])
+        return self.reward.combine(shaped, group_ids, valid)
 
     def plain(self, shaped: Tensor) -> Tensor:
         """(K, N) to (N,): the reward as a number that means something for one sample by itself.
@@ -168,11 +178,12 @@ class Scorer:
         return weighted_sum(shaped, torch.tensor([m.weight for m in self.reward.used], dtype=shaped.dtype))
 
     def evaluate(self, images: Tensor, prompts: Sequence[str], context: dict[str, Any] | None = None) -> Tensor:
-        """(N,) of pictures of different prompts; `context` goes before what the prompt set knows."""
+        """(N,) of pictures of different prompts, NaN where one failed; `context` goes before the prompt set's own."""
         with torch.no_grad():
             own = {"group_ids": torch.arange(len(prompts))} if self.needs_groups else {}
             context = self.context(prompts) | (context or {}) | own
-            return self.plain(score(self.reward, images, prompts, context).shaped)
+            scores = score(self.reward, images, prompts, context, on_fail="later")
+            return self.plain(scores.shaped).masked_fill(~scores.valid, math.nan)
 
     def close(self) -> None:
         if self._threads is not None:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from visalign.pipeline.generator import Generator
-from visalign.rewards import make_reward
+from visalign.rewards import RewardError, make_reward
 from visalign.training.attention import compile_blocks, set_attention
 from visalign.training.before.options import DTYPES, CommonConfig, alpha_of
 from visalign.training.before.preflight import Plan
@@ -150,9 +150,12 @@ def evaluate_with(
     """The policy with these weights on held-out prompts, by their usual sampler; the same on any number of processes.
 
     `extras` as of `evaluate`.
+
+    Raises:
+        RewardError: a judge could score none of the pictures.
     """
     with run.stage("evaluate"), state.policy.swapped(values):
-        return evaluate(
+        evaluation = evaluate(
             state.generator,
             sampler_of(state.generator.schedule),
             prompts,
@@ -164,6 +167,10 @@ def evaluate_with(
             gather=lambda t: accelerator.gather(t.to(accelerator.device)),
             extras=extras,
         )
+    for name in evaluation.scores:
+        if not len(evaluation.known(name)):
+            raise RewardError(name, f"could score none of {len(prompts)} held-out pictures")
+    return evaluation
 
 
 def restore(path: Path, state: TrainState) -> None:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid, save_image
 
 from .checkpoint import checkpoints
 
@@ -121,6 +120,11 @@ class Run:
         """Write images (N, 3, H, W) in [0, 1] as one picture under samples/, enlarged if they are tiny."""
         if not self.main or not len(images):
             return
+        from torchvision.utils import (  # 6 s of a processor, which a plan or a refusal can do without
+            make_grid,
+            save_image,
+        )
+
         images = images[:, 0] if images.dim() == 5 else images  # first frame of a video
         scale = max(1, 128 // images.shape[-1])
         images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)

@@ -1,10 +1,11 @@
 """What a training run tells its user: at the start, at evaluations and at the end."""
 
+import math
 from typing import Any
 
 from torch import Tensor
 
-from visalign.statistics.bootstrap import paired_interval
+from visalign.statistics.bootstrap import Interval, paired_interval
 from visalign.training.before.options import CommonConfig
 from visalign.training.before.preflight import Plan
 from visalign.training.loop.evaluate import Evaluation
@@ -36,7 +37,10 @@ def say_evaluation(run: Run, evaluation: Evaluation, title: str) -> None:
     means = []
     for name in evaluation.scores:
         low, high = evaluation.interval(name)
-        means.append(f"{name} {evaluation.mean(name):.4f} [{low:.4f}, {high:.4f}]")
+        failed = len(evaluation.prompts) - len(evaluation.known(name))
+        means.append(
+            f"{name} {evaluation.mean(name):.4f} [{low:.4f}, {high:.4f}]" + f" ({failed} failed)" * bool(failed)
+        )
     run.say(f"{title}: {', '.join(means)} on {len(evaluation.prompts)} held-out prompts")
     run.save_grid(f"{title}.png", evaluation.images)
 
@@ -58,12 +62,15 @@ def finish(
     state.policy.export(run.folder / "lora" if cfg.lora_rank else run.folder / "weights", values)
     summary: dict[str, Any] = {}
     for name, before in state.before.scores.items():
-        gain = paired_interval(after.scores[name].numpy(), before.numpy())
+        gains = after.scores[name] - before
+        gains = gains[gains.isfinite()]  # of pictures that could be scored both times
+        gain = paired_interval(gains.numpy()) if len(gains) else Interval(math.nan, math.nan, math.nan)
         summary |= {
             f"{name}_before": state.before.mean(name),
             f"{name}_before_interval": state.before.interval(name),
             f"{name}_after": after.mean(name),
             f"{name}_after_interval": after.interval(name),
+            f"{name}_gain": gain.mean,
             f"{name}_gain_interval": (gain.low, gain.high),
         }
     summary |= {
@@ -77,10 +84,10 @@ def finish(
     }
     write_summary(run.folder, summary)
     report = write_report(run.folder, summary)
-    for name, before in state.before.scores.items():
+    for name in state.before.scores:
         low, high = summary[f"{name}_gain_interval"]
         run.say(
             f"{name}: {summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f} "
-            f"(gain {float((after.scores[name] - before).mean()):+.4f}, 95 % interval {low:+.4f} to {high:+.4f})"
+            f"(gain {summary[f'{name}_gain']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f})"
         )
     run.say(f"trained {state.train_seconds:.0f} s on {state.images_sampled} images; look at {report}")

@@ -55,7 +55,7 @@ class Monitor:
             images: (M, 3, H, W) in [0, 1], of the first M <= N samples, groups whole, so that one process may watch
                 its own pictures and the rewards of all. Of videos (M, F, 3, H, W) the middle frame is looked at.
             group_ids: (N,), an integer type.
-            rewards: (N,), those that are trained on.
+            rewards: (N,), those that are trained on; NaN where scoring failed, not all.
             watched: scores by name that are not trained on, (any number,) each; NaN where one failed. They need not
                 come at every step, nor be of these pictures: evaluations on fixed prompts do as well.
             kl: a mean divergence from the reference; must be given where `kl_budget` is.
@@ -68,7 +68,7 @@ class Monitor:
         chosen = first_groups(group_ids[: len(images)], self.options.pictures)
         images, ids = images[chosen.to(images.device)], group_ids[: len(images)][chosen]
         numbers = picture_numbers(images, self.options.grid_periods) | diversity_numbers(self.encode(images), ids)
-        groups = group_statistics(rewards, group_ids)
+        groups = group_statistics(rewards, group_ids, valid=rewards.isfinite())
         numbers |= {"reward": _number(rewards), "reward_spread": _number(groups.stds)}
         numbers |= {"zero_variance": (groups.zero_std_fraction, 0.0)} | ({} if kl is None else {"kl": (kl, 0.0)})
         for name, scores in (watched or {}).items():
