@@ -25,11 +25,11 @@ from visalign.advantages.per_prompt import PromptStatistics, normalised
 from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_loss, kl_penalty, ppo_stats
 from visalign.objectives.rebel import rebel_loss, rebel_weights
-from visalign.sampling.rollout import Trajectory, recompute, rollout, step_log_prob
+from visalign.sampling.rollout import Trajectory, old_log_probs, recompute, rollout, step_log_prob
 from visalign.sampling.seeds import derived_seed
 from visalign.training.before import options
 from visalign.training.loop.batches import Batch, GatheredScores, cut
-from visalign.training.loop.learning import Updates, add_gradients, add_sums
+from visalign.training.loop.learning import Updates, add_gradients, add_sums, rows_with_signal
 from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
 from visalign.transitions import DDIM, Consistency, Transition
@@ -177,7 +177,7 @@ class DDPO(Trainer):
         if cfg.objective == "rebel":
             weights = self.pair_weights(batch, steps, sums)
         elif not cfg.kl_weight and bool((advantages == 0).any()):  # no forward for samples without signal
-            rows = advantages.nonzero().flatten().tolist()
+            rows = rows_with_signal(trajectory, advantages, cfg.dtype == "fp32")
             if not rows:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[rows]
@@ -211,8 +211,8 @@ class DDPO(Trainer):
         def add(i: int, _latents: Tensor, prediction: Tensor) -> None:
             ratios.add_(step_log_prob(trajectory, i, prediction, self.transition) - trajectory.log_probs[i])
 
-        with torch.no_grad():
-            for states in self.calls(trajectory, steps):
+        with torch.no_grad():  # the weights that sampled have ratios of 1: no pass
+            for states in () if trajectory.fresh else self.calls(trajectory, steps):
                 self.generator.denoise(trajectory.prompts, trajectory.seeds, add, latents=states)
         scored = batch.valid.unflatten(0, (-1, 2)).all(1).to(ratios.device)
         given, scale = (ratios, advantages, self.cfg.rebel_scale or 1.0), 2 * len(steps)
@@ -230,7 +230,8 @@ class DDPO(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (N,) of one step and its statistics."""
         gaussian = recompute(trajectory, i, prediction, self.transition)
-        log_ratio = gaussian.log_prob(trajectory.next_latents[i]) - trajectory.log_probs[i]
+        log_prob = gaussian.log_prob(trajectory.next_latents[i])
+        log_ratio = log_prob - old_log_probs(trajectory, i, log_prob, gaussian.mean)
         if weights is None:
             loss, stats = clipped_loss(log_ratio, advantages, self.cfg.clip_range or 1e-4)
         else:  # of the gradient of `rebel_loss`
@@ -243,7 +244,8 @@ class DDPO(Trainer):
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, updates = self.cfg, Updates(self.state, self.loop.accelerator, step)
+        cfg, records = self.cfg, [batch.trajectory for share in shares for batch in share]
+        updates = Updates(self.state, self.loop.accelerator, step, records)
         steps = self.steps_to_train(step, shares[0][0].trajectory.steps)  # all batches have recorded the same
         scale = 1 / (cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size * len(steps))
         for share in shares * cfg.inner_epochs:

@@ -28,12 +28,12 @@ from visalign.objectives.policy_gradient import (
     ratio_norm_log_ratio,
     step_weights,
 )
-from visalign.sampling.rollout import Solver, Trajectory, recompute, rollout
+from visalign.sampling.rollout import Solver, Trajectory, old_log_probs, recompute, rollout
 from visalign.sampling.seeds import derived_seed
 from visalign.sampling.windows import flash_post_steps, make_window, trained_steps
 from visalign.training.before import options
 from visalign.training.loop.batches import Batch, GatheredScores, cut
-from visalign.training.loop.learning import Updates, add_gradients
+from visalign.training.loop.learning import Updates, add_gradients, rows_with_signal
 from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
 from visalign.transitions import check_transition, make_transition
@@ -217,7 +217,7 @@ class FlowGRPO(Trainer):
         cfg, trajectory, advantages = self.cfg, batch.trajectory, batch.advantages
         assert advantages is not None
         if cfg.skip_zero_advantages and cfg.kl_weight == 0 and bool((advantages == 0).any()):
-            rows = advantages.nonzero().flatten().tolist()
+            rows = rows_with_signal(trajectory, advantages, cfg.dtype == "fp32")
             if not rows:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[rows]
@@ -235,7 +235,8 @@ class FlowGRPO(Trainer):
         """The loss (N,) of one step and its statistics."""
         cfg, std = self.cfg, self.stds[i]
         gaussian = recompute(trajectory, i, prediction, self.transition)
-        log_prob, old = gaussian.log_prob(trajectory.next_latents[i]), trajectory.log_probs[i]
+        log_prob = gaussian.log_prob(trajectory.next_latents[i])
+        old = old_log_probs(trajectory, i, log_prob, gaussian.mean)
         if cfg.ratio == "guard":
             log_ratio = ratio_norm_log_ratio(log_prob, old, gaussian.mean, trajectory.means[i], std)
         else:
@@ -259,7 +260,8 @@ class FlowGRPO(Trainer):
 
     def update(self, step: int, shares: list[list[Batch]]) -> dict[str, float]:
         """All optimiser updates of an iteration; returns what to log."""
-        cfg, updates = self.cfg, Updates(self.state, self.loop.accelerator, step)
+        cfg, records = self.cfg, [batch.trajectory for share in shares for batch in share]
+        updates = Updates(self.state, self.loop.accelerator, step, records)
         total = cfg.prompts_per_step // cfg.updates_per_step * cfg.group_size  # samples an update, on all processes
         for share in shares * cfg.inner_epochs:
             with self.run.stage("train"):

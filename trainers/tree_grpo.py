@@ -381,14 +381,16 @@ class TreeGRPO(Trainer):
                 starts = torch.searchsorted(rows, layer.parents[layer.drawn[local]]).to(tree.final.device)
                 roots = [(tree.prompts[r], tree.seeds[r]) for r in tree.roots[i][rows].tolist()]
                 latents, edges = layer.latents[rows.to(tree.final.device)], local.to(tree.final.device)
-                actions, old, credit = layer.next_latents[edges], layer.log_probs[edges], advantages[edges]
+                actions, credit = layer.next_latents[edges], advantages[edges]
 
                 def loss(
                     i: int, prediction: Tensor, _others: Mapping[str, Tensor], latents=latents, starts=starts,
-                    actions=actions, old=old, credit=credit, weight=weight,
+                    actions=actions, edges=edges, credit=credit, weight=weight,
                 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
                     gaussian = self.transition(self.schedule, i, latents, prediction)[0].take(starts)
-                    surrogate, stats = clipped_surrogate(gaussian.log_prob(actions), old, credit, self.cfg.clip_range)
+                    log_prob = gaussian.log_prob(actions)
+                    old = tree.old_log_probs(i, edges, log_prob)
+                    surrogate, stats = clipped_surrogate(log_prob, old, credit, self.cfg.clip_range)
                     return surrogate * weight, stats
 
                 prompts, seeds = [p for p, _ in roots], [s for _, s in roots]
@@ -400,7 +402,7 @@ class TreeGRPO(Trainer):
         cfg, accelerator = self.cfg, self.loop.accelerator
         count = sum(int(a.ne(0).sum()) if cfg.method == "b2_diffurl" else len(a) for a in branches.advantages.values())
         edges = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
-        updates = Updates(self.state, accelerator, step)
+        updates = Updates(self.state, accelerator, step, [branches.tree])
         for _ in range(cfg.inner_epochs if edges else 0):  # where nothing is kept, no update is made
             with self.run.stage("train"):
                 updates.add(self.backward(branches, 1 / edges))

@@ -27,11 +27,11 @@ from visalign.advantages.group import clip_advantages, group_statistics
 from visalign.advantages.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
 from visalign.data.prompts import Group
 from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
-from visalign.sampling.rollout import Trajectory, recompute, rollout
+from visalign.sampling.rollout import Trajectory, old_log_probs, recompute, rollout
 from visalign.sampling.windows import trained_steps
 from visalign.training.before import options
 from visalign.training.loop.batches import Batch, GatheredScores, cut
-from visalign.training.loop.learning import Updates, add_gradients
+from visalign.training.loop.learning import Updates, add_gradients, rows_with_signal
 from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop, images_of
 from visalign.transitions import check_transition, make_transition
@@ -197,7 +197,8 @@ class VGPO(Trainer):
         assert batch.advantages is not None
         trajectory, advantages = batch.trajectory, batch.advantages.view(self.cfg.num_steps, -1)
         if self.cfg.kl_weight == 0:  # no forward for samples without signal
-            rows = advantages[self.trained].ne(0).any(0).nonzero().flatten().tolist()
+            live = advantages[self.trained].ne(0).any(0)
+            rows = rows_with_signal(trajectory, live, self.cfg.dtype == "fp32")
             if not rows:
                 return {}
             trajectory, advantages = trajectory.take(rows), advantages[:, rows]
@@ -216,7 +217,8 @@ class VGPO(Trainer):
         cfg = self.cfg
         gaussian = recompute(trajectory, i, prediction, self.transition)
         log_prob = gaussian.log_prob(trajectory.next_latents[i])
-        loss, stats = clipped_surrogate(log_prob, trajectory.log_probs[i], advantages, cfg.clip_range)
+        old = old_log_probs(trajectory, i, log_prob, gaussian.mean)
+        loss, stats = clipped_surrogate(log_prob, old, advantages, cfg.clip_range)
         if reference is None:
             return loss, stats
         sigma, sigma_next = self.schedule.step(i)
@@ -228,7 +230,8 @@ class VGPO(Trainer):
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The optimiser updates of an iteration; returns what to log."""
-        cfg, updates = self.cfg, Updates(self.state, self.loop.accelerator, step)
+        cfg, records = self.cfg, [batch.trajectory for batch in batches]
+        updates = Updates(self.state, self.loop.accelerator, step, records)
         scale = 1 / (cfg.prompts_per_step * cfg.group_size * len(self.trained))
         for _ in range(cfg.inner_epochs):
             with self.run.stage("train"):

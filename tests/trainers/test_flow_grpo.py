@@ -17,8 +17,10 @@ from visalign.trainers import flow_grpo
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
 from visalign.training.before import preflight
 from visalign.training.loop import setup
+from visalign.training.loop.learning import rows_with_signal
 from visalign.training.loop.scoring import Scorer
 from visalign.training.loop.training_loop import TrainingLoop
+from visalign.training.run import outcome
 from visalign.training.run.checkpoint import load_checkpoint
 from visalign.training.run.folder import Run, read_metrics
 
@@ -452,3 +454,50 @@ def test_encoders_can_be_released_and_blocks_compiled(options, tmp_path, monkeyp
         torch.testing.assert_close(compiled, mine, rtol=0, atol=1e-4 * float(mine.abs().max()), msg=name)
     with pytest.raises(ValueError, match="attention: got 'flash', which needs a GPU"):
         setup.build(replace(cfg, attention="flash"), preflight.make_plan(cfg), Accelerator())
+
+
+def copy_of(trajectory):
+    return replace(trajectory.take(range(len(trajectory))), whole=None, rows=None, gaps=[])
+
+
+@pytest.mark.parametrize("ratio", ["plain", "unscaled", "guard"])
+def test_until_the_first_update_ratios_are_1_whatever_rounding_did_to_the_record(bench, ratio):
+    """Noise on the recorded log-probabilities and means stands for bf16's, far beyond the clip range."""
+    trainer = bench.trainer(ratio=ratio, inner_epochs=2, kl_weight=0.0)
+    clean, noisy = bench.recorded(), bench.recorded()
+    clean, noisy = ([replace(b, trajectory=copy_of(b.trajectory)) for b in batches] for batches in (clean, noisy))
+    for batch in noisy:
+        for record in (batch.trajectory.log_probs, batch.trajectory.means):
+            for step in record:
+                record[step] += 0.01 * (1 + torch.rand_like(record[step]))
+    results = []
+    for batches in (clean, noisy):
+        bench.reset()
+        values = trainer.update(0, [batches])
+        results.append((values, {k: v.clone() for k, v in bench.state.policy.tensors().items()}))
+        assert not any(batch.trajectory.fresh for batch in batches)
+    assert results[0][0]["log_prob_rounding"] < 1e-6 < 0.01 < results[1][0]["log_prob_rounding"] < 0.021
+    for name, value in results[0][1].items():  # both passes: the second compares with what the first recorded anew
+        torch.testing.assert_close(results[1][1][name], value, rtol=0, atol=1e-7)
+
+
+def test_samples_without_signal_stay_where_leaving_them_out_would_change_the_others(bench):
+    (batch, *_) = bench.recorded()
+    advantages = torch.zeros(len(batch.trajectory))
+    advantages[1] = 1.0
+    every = list(range(len(advantages)))
+    trajectory = copy_of(batch.trajectory)
+    assert rows_with_signal(trajectory, advantages, exact=True) == [1]
+    assert rows_with_signal(trajectory, advantages, exact=False) == every
+    assert rows_with_signal(trajectory, 0 * advantages, exact=False) == []
+    trajectory.fresh = True
+    assert rows_with_signal(trajectory, advantages, exact=False) == [1]
+    trajectory.fresh, trajectory.gaps = False, [torch.zeros(())]  # recorded anew by an earlier pass, of this row alone
+    assert rows_with_signal(trajectory, advantages, exact=False) == [1]
+
+
+def test_rounding_beyond_a_tenth_of_the_clip_range_is_said_once(bench, capsys):
+    bench.run.said_rounding = False
+    for rounding, said in ((0.9e-5, False), (1.1e-5, True), (1.0, False)):
+        outcome.say_rounding(bench.run, bench.trainer(clip_range=1e-4).cfg, {"log_prob_rounding": rounding})
+        assert ("differ by up to" in capsys.readouterr().err) == said

@@ -6,7 +6,7 @@ k + G (T - k) rows of the denoiser rather than G T.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Tree:
         final: (L, ...), the leaves' latents.
         images: (L, 3, H, W), float32 in [0, 1]; None if not decoded.
         forwards: rows that went through the denoiser.
+        fresh, gaps: as of a `Trajectory`.
     """
 
     prompts: list[str]
@@ -86,6 +87,16 @@ class Tree:
     final: Tensor
     images: Tensor | None
     forwards: int
+    fresh: bool = False
+    gaps: list[Tensor] = field(default_factory=list, repr=False)
+
+    def old_log_probs(self, i: int, edges: Tensor, log_prob: Tensor) -> Tensor:
+        """As `visalign.sampling.rollout.old_log_probs`, of some edges of layer i, (K,)."""
+        layer = self.layers[i]
+        if self.fresh:
+            self.gaps.append((log_prob.detach() - layer.log_probs[edges]).abs().max())
+            layer.log_probs[edges] = log_prob.detach()
+        return layer.log_probs[edges]
 
     def __len__(self) -> int:
         return len(self.final)

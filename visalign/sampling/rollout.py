@@ -63,6 +63,9 @@ class Trajectory:
             for.
         final: (N, ...), the final latents.
         images: (N, 3, H, W), float32 in [0, 1]; (N, F, 3, H, W) for video; None if not decoded.
+        fresh: the weights are still those that sampled; see `old_log_probs`.
+        gaps: how far log-probabilities of the same weights were from those recorded, as they were recorded anew.
+        whole: what this is a minibatch of, at the places `rows`.
     """
 
     prompts: list[str]
@@ -77,6 +80,10 @@ class Trajectory:
     stds: dict[int, float] = field(default_factory=dict)
     denoised: dict[int, Tensor] = field(default_factory=dict)
     images: Tensor | None = None
+    fresh: bool = False
+    gaps: list[Tensor] = field(default_factory=list, repr=False)
+    whole: "Trajectory | None" = field(default=None, repr=False)
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -99,6 +106,8 @@ class Trajectory:
             log_probs=rows_of(self.log_probs),
             means=rows_of(self.means),
             denoised=rows_of(self.denoised),
+            whole=self,
+            rows=rows,
         )
 
 
@@ -199,6 +208,27 @@ def step_log_prob(
     return recompute(trajectory, step, prediction, transition, schedule).log_prob(trajectory.next_latents[step])
 
 
+def old_log_probs(trajectory: Trajectory, step: int, log_prob: Tensor, mean: Tensor) -> Tensor:
+    """What the log-probability (N,) of this pass is compared with: that of the policy that sampled, (N,).
+
+    In bf16 a row's prediction depends on the other rows of its batch, by far more than a clip range of 1e-4 bears. So
+    while the weights are those that sampled (`fresh`), the pass is compared with itself: a ratio of exactly 1. It is
+    recorded, and so is its `mean` where means are, for later passes over the same batch.
+    """
+    if not trajectory.fresh:
+        return trajectory.log_probs[step]
+    whole, rows = trajectory.whole or trajectory, slice(None) if trajectory.rows is None else trajectory.rows
+    log_prob, mean = log_prob.detach(), mean.detach()
+    whole.gaps.append((log_prob - whole.log_probs[step][rows]).abs().max())
+    for record, values in ((whole.log_probs, log_prob), (whole.means, mean)):
+        if step in record:
+            record[step][rows] = values
+    if step in trajectory.means:
+        trajectory.means[step] = mean
+    trajectory.log_probs[step] = log_prob
+    return log_prob
+
+
 class _Stepper:
     """The step function of one rollout. The schedule is known only once the pipeline has begun its loop."""
 
@@ -220,7 +250,7 @@ class _Stepper:
         self.stochastic: dict[int, float] = {}  # step: std
         self.next_level: dict[int, int] = {}  # where a step leads, if not to the next level
         self.previous: tuple[float, Tensor] | None = None  # sigma and denoised of the solver's step before
-        self.record: dict[str, dict[int, Tensor]] = {
+        self.record: dict[str, Any] = {
             name: {} for name in ("latents", "next_latents", "log_probs", "means", "denoised")
         }
 

@@ -139,6 +139,7 @@ class TrainingLoop:
         if self.patience and state.best is not None:
             self._ended = step + 1 - state.best[1] >= self.patience * cfg.eval_every
         self._stop = setup.stopping(run, self.accelerator) or self._ended
+        outcome.say_rounding(run, cfg, values)
         run.log(step + 1, {**values, "learning_rate": state.learning_rate(step)})
         if images and step % max(1, cfg.steps // 10) == 0:
             run.save_grid(f"step-{step + 1}.png", images[0][0][:16])

@@ -68,6 +68,7 @@ class Run:
             disable=not main or not self.console.is_terminal,
         )
         self.task = self.progress.add_task("training", total=total, completed=done, note="")
+        self.said_rounding = False
         self.board: SummaryWriter | None = None
         if main:
             (folder / "samples").mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,18 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
     return {f"eval_{name}": evaluation.mean(name) for name in evaluation.scores}
 
 
+def say_rounding(run: Run, cfg: CommonConfig, values: dict[str, Any]) -> None:
+    """Say, once, where rounding alone moves the ratios of later updates by more than a tenth of the clip range."""
+    rounding, clip_range = values.get("log_prob_rounding", 0.0), getattr(cfg, "clip_range", None) or math.inf
+    if rounding > 0.1 * clip_range and not run.said_rounding:
+        run.said_rounding = True
+        run.say(
+            f"warning: with the same weights log-probabilities differ by up to {rounding:.1e} between sampling and "
+            f"training (clip_range {clip_range:g}): rounding, by {cfg.dtype} or another batch. The first update is not "
+            "touched by it; for more updates an iteration take inner_epochs rather than updates_per_step"
+        )
+
+
 def say_evaluation(run: Run, evaluation: Evaluation, title: str) -> None:
     """Print every judge's mean with its interval, and save the pictures."""
     means = []
