@@ -24,6 +24,7 @@ from visalign.objectives.policy_gradient import (
     CLIPPED_STATS,
     StepWeight,
     clipped_loss,
+    flow_grpo_kl_dt,
     kl_penalty,
     ratio_norm_log_ratio,
     step_weights,
@@ -52,7 +53,7 @@ class Config(options.CommonConfig):
     window_span: tuple[int, int] | None = None  # for random: first and last + 1 step it may hold
     window_iterations: int | None = None  # for progressive and decays: iterations at each position
     solver: Solver | None = None  # of the steps after the window; None: dpm2m for early, else ode
-    post_ratio: float | None = None  # MixGRPO-Flash: share of the steps after it; None: 0.4 for early, else all
+    post_ratio: float | None = None  # MixGRPO-Flash: see `flash_post_steps`; None: 0.5 for early, else all steps
     timestep_fraction: float | None = None  # share of the stochastic steps trained; None: 0.99 for all, else 1
     timestep_choice: Literal["first", "random"] = "first"  # which ones
     prompts_per_step: int = 16  # groups an iteration
@@ -129,14 +130,15 @@ class Config(options.CommonConfig):
 
     @property
     def ratio_after(self) -> float | None:
-        """Share of the steps after the window that are taken; None: all."""
-        return 0.4 if self.window == "early" and self.post_ratio is None else self.post_ratio
+        """Of `flash_post_steps`; None: all steps after the window."""
+        return 0.5 if self.window == "early" and self.post_ratio is None else self.post_ratio
 
     def make_window(self):
         """The window of stochastic steps; options given for another kind of window are errors."""
         span = {} if self.window_span is None else {"span": self.window_span}
         dwell = {} if self.window_iterations is None else {"iterations": self.window_iterations}
-        return make_window(self.window, self.num_steps, self.window_size, **span, **dwell)
+        seed = {"seed": self.seed} if self.window in ("random", "mix_random") else {}
+        return make_window(self.window, self.num_steps, self.window_size, **span, **dwell, **seed)
 
 
 class FlowGRPO(Trainer):
@@ -245,12 +247,11 @@ class FlowGRPO(Trainer):
         loss = loss * self.step_weights[i]
         if reference is not None:
             base = recompute(trajectory, i, reference, self.transition)
-            sigma, sigma_next = self.schedule.step(i)
             kl = kl_penalty(
                 cfg.kl_type,
                 gaussian,
                 base,
-                dt=sigma_next - sigma if cfg.kl_type == "flow_grpo" else None,
+                dt=flow_grpo_kl_dt(cfg.sampler, *self.schedule.step(i)) if cfg.kl_type == "flow_grpo" else None,
                 prediction=prediction if cfg.kl_type == "v" else None,
                 ref_prediction=reference if cfg.kl_type == "v" else None,
             )

@@ -33,7 +33,8 @@ from visalign.advantages.process_values import turning_point_rewards
 from visalign.advantages.tree import (
     depth_advantages,
     history_scores,
-    keep_by_width,
+    keep_leaves,
+    keep_transitions,
     node_means,
     progressive_steps,
     pruned_depths,
@@ -81,7 +82,9 @@ class Config(options.CommonConfig):
     trees: int | None = None  # initial noises a prompt
     split_steps: tuple[int, ...] | None = None  # steps at which there is a fork
     between: Literal["ode", "sde"] | None = None  # steps that do not fork; sde trains them, too
-    prune: Literal["none", "half", "extremes"] | None = None  # what is not trained of a last split
+    prune: Literal["none", "half", "extremes", "half_leaves", "extreme_leaves"] | None = (
+        None  # see docs/methods/tree_grpo
+    )
     prune_depths: int | None = None  # so many depths are not trained, in a window that moves on
     window_size: int | None = None  # stochastic steps
     window_iterations: int | None = None  # before the window moves on by one step
@@ -125,6 +128,12 @@ class Config(options.CommonConfig):
             steps = self.of("split_steps")
             if not steps or list(steps) != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] < last:
                 raise ValueError(f"split_steps: got {steps}, expected rising steps within 0 .. {last - 1}")
+        late = "prune" in own and self.of("prune") in ("half", "extremes")
+        if late and (self.of("between") != "sde" or self.of("split_steps")[-1] + 1 >= last):
+            raise ValueError(
+                f"prune: got {self.prune!r}, which is of the stochastic steps after the last split, and there are none; "
+                "expected between 'sde', or 'half_leaves' or 'extreme_leaves'"
+            )
         if self.method == "b2_diffurl":
             low, high = self.interval
             least_steps = 1 + (self.sampler == "cps")  # whose last step has no noise
@@ -264,6 +273,8 @@ class TreeGRPO(Trainer):
         }[self.cfg.method]
         local, valid = scores.local(rewards), scores.local(scores.valid)
         edges = credit(tree, branches.group_ids, local, valid)
+        if self.cfg.method == "branch_grpo":
+            kept = self.kept(step, tree, edges, local, valid)
         for i, advantages in edges.items():
             layer = tree.layers[i]
             spoilt = ~self.scored(tree, i, valid)
@@ -272,7 +283,7 @@ class TreeGRPO(Trainer):
                 signs = advantages > 0
                 advantages *= torch.where(signs, self.cfg.of("positive_weight"), self.cfg.of("negative_weight"))
             if self.cfg.method == "branch_grpo":
-                spoilt |= ~self.kept(step, i, tree, local, valid)
+                spoilt |= ~kept[i]
             branches.advantages[i] = advantages.masked_fill(spoilt[layer.drawn], 0.0).to(tree.final.device)
         sizes = torch.cat([a.abs() for a in branches.advantages.values()]).mean()
         values = scores.values() | {
@@ -296,13 +307,29 @@ class TreeGRPO(Trainer):
             edges[i] = depth_advantages(values, tree.roots[i + 1], valid=self.scored(tree, i, valid))
         return edges
 
-    def kept(self, step: int, i: int, tree: Tree, rewards: Tensor, valid: Tensor) -> Tensor:
-        """BranchGRPO's pruning: which edges of a layer are trained, (E,)."""
-        of, edges = self.cfg.of, torch.zeros(len(tree.layers[i].parents), dtype=torch.bool)
-        if i + 1 in pruned_depths(step, of("prune_depths"), of("window_iterations"), self.cfg.num_steps):
-            return edges
-        leaves = keep_by_width(rewards, tree.ancestors()[of("split_steps")[-1]], of("prune"), valid)
-        return edges.index_fill(0, tree.ancestors()[i + 1][leaves], True)
+    def kept(
+        self, step: int, tree: Tree, edges: Mapping[int, Tensor], rewards: Tensor, valid: Tensor
+    ) -> dict[int, Tensor]:
+        """BranchGRPO's pruning: which edges of each layer are trained, (E,) bool."""
+        of, ancestors, split = self.cfg.of, tree.ancestors(), self.cfg.of("split_steps")[-1]
+        kept = {i: torch.ones(len(advantages), dtype=torch.bool) for i, advantages in edges.items()}
+        if of("prune") in ("half_leaves", "extreme_leaves"):
+            leaves = keep_leaves(rewards, ancestors[split], of("prune").split("_")[0], valid)
+            kept = {i: torch.zeros_like(k).index_fill(0, ancestors[i + 1][leaves], True) for i, k in kept.items()}
+        pruned = pruned_depths(step, of("prune_depths"), of("window_iterations"), self.cfg.num_steps, split)
+        kept = {i: k & (i + 1 not in pruned) for i, k in kept.items()}
+        if of("prune") in ("half", "extremes"):  # after the depths, of what they leave
+            late = [i for i in edges if i > split]
+            branch = {
+                i: torch.zeros_like(tree.roots[i + 1]).scatter(0, ancestors[i + 1], ancestors[split + 1]) for i in late
+            }
+            rows = {i: kept[i].nonzero().flatten() for i in late}
+            columns = [torch.cat([values[i][rows[i]] for i in late]) for values in (edges, branch)]
+            trees = torch.cat([tree.roots[i + 1][rows[i]] for i in late])
+            chosen = keep_transitions(*columns, trees, of("prune"))
+            for i, part in zip(late, chosen.split([len(rows[i]) for i in late])):
+                kept[i][rows[i]] = part
+        return kept
 
     def tree_credit(self, tree: Tree, ids: Tensor, rewards: Tensor, valid: Tensor) -> dict[int, Tensor]:
         """TreeGRPO: a leaf among those of its prompt, then backwards the weighted mean of the children."""

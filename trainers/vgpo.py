@@ -9,7 +9,8 @@ are sums along the trajectory (eq. 10), weights compare a trajectory's steps (eq
 each step and add an absolute term (eqs. 12 and 13). The rest is Flow-GRPO (2505.05470).
 
 Reconstructed, for neither code nor the full text could be read: the discount's direction and value, the size of the
-absolute term (hence 0 by default) and the order of weight and normalisation; see `visalign.advantages.process_values`.
+absolute term (by default such that it is 0.1 on average) and the order of weight and normalisation; see
+`visalign.advantages.process_values`.
 Ours: rewards that go below 0 are shifted by their running minimum, weights are clamped to [0, 5], and advantages are
 clipped after they are weighted.
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from visalign.advantages.group import clip_advantages, group_statistics
 from visalign.advantages.process_values import dual_advantages, process_values, shift_rewards, temporal_weights
 from visalign.data.prompts import Group
-from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, kl_penalty
+from visalign.objectives.policy_gradient import CLIPPED_STATS, clipped_surrogate, flow_grpo_kl_dt, kl_penalty
 from visalign.sampling.rollout import Trajectory, old_log_probs, recompute, rollout
 from visalign.sampling.windows import trained_steps
 from visalign.training.before import options
@@ -51,7 +52,7 @@ class Config(options.CommonConfig):
     same_latents: bool = False  # one initial noise for a whole group
     # Values and advantages
     discount: float = 0.9  # of later instant rewards; our guess
-    absolute: float = 0.0  # k of the absolute term, 0 turns it off; its size is a guess, too
+    absolute: float | None = None  # k of the absolute term; None: 0.1 / the mean value, a guess, too; 0: off
     absolute_steps: int | None = None  # first steps that have it; None: 5, or all where there are fewer
     max_weight: float = 5.0  # of a step among those of its trajectory
     negative_rewards: Literal["shift", "refuse"] = "shift"  # by the running minimum, or end with an error
@@ -72,7 +73,7 @@ class Config(options.CommonConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
         for name in ("kl_weight", "absolute"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
         if self.sampler == "cps" and self.eta > 1:
             raise ValueError(f"eta: got {self.eta}, expected within (0, 1] for cps, a share of the noise")
@@ -80,7 +81,7 @@ class Config(options.CommonConfig):
             raise ValueError(f"discount: got {self.discount}, expected within [0, 1]")
         if not 1 <= self.horizon <= self.num_steps:
             raise ValueError(f"absolute_steps: got {self.absolute_steps}, expected 1 .. {self.num_steps} (num_steps)")
-        if self.absolute_steps is not None and not self.absolute:
+        if self.absolute_steps is not None and self.absolute == 0:
             raise ValueError(f"absolute_steps: got {self.absolute_steps} with absolute 0, expected None")
         if not self.max_weight >= 1:
             raise ValueError(f"max_weight: got {self.max_weight}, expected >= 1, the mean weight")
@@ -170,7 +171,8 @@ class VGPO(Trainer):
         whole = valid.all(0)  # a step that failed leaves no values before it
         values = process_values(rewards, cfg.discount)
         weights = temporal_weights(values, limit=cfg.max_weight)
-        advantages = dual_advantages(values, group_ids, cfg.absolute, cfg.horizon, cfg.advantage_std, valid=whole)
+        absolute = self.absolute(values[: cfg.horizon, whole])
+        advantages = dual_advantages(values, group_ids, absolute, cfg.horizon, cfg.advantage_std, valid=whole)
         advantages = clip_advantages(weights.float() * advantages, cfg.max_advantage)
         groups = group_statistics(values.mean(0), group_ids, valid=whole)
         lowest = self.state.extra["reward_minimum"]
@@ -191,6 +193,13 @@ class VGPO(Trainer):
             **named,
         }
         return advantages, log, seen
+
+    def absolute(self, values: Tensor) -> float:
+        """k: as given, or such that the absolute term of these values is 0.1 on average."""
+        if self.cfg.absolute is not None:
+            return self.cfg.absolute
+        mean = float(values.mean()) if values.numel() else 0.0
+        return 0.1 / mean if mean > 1e-6 else 0.0
 
     def backward(self, batch: Batch, scale: float) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch: one pipeline call, backward in each trained step. Returns sums to log."""
@@ -221,9 +230,8 @@ class VGPO(Trainer):
         loss, stats = clipped_surrogate(log_prob, old, advantages, cfg.clip_range)
         if reference is None:
             return loss, stats
-        sigma, sigma_next = self.schedule.step(i)
         extra = {"prediction": prediction, "ref_prediction": reference} if cfg.kl_type == "v" else {}
-        dt = sigma_next - sigma if cfg.kl_type == "flow_grpo" else None
+        dt = flow_grpo_kl_dt(cfg.sampler, *self.schedule.step(i)) if cfg.kl_type == "flow_grpo" else None
         base = recompute(trajectory, i, reference, self.transition)
         kl = kl_penalty(cfg.kl_type, gaussian, base, dt=dt, **extra)
         return loss + cfg.kl_weight * kl, {**stats, "kl": kl.detach().mean()}

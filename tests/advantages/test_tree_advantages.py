@@ -6,7 +6,8 @@ import torch
 from visalign.advantages.tree import (
     depth_advantages,
     history_scores,
-    keep_by_width,
+    keep_leaves,
+    keep_transitions,
     node_means,
     progressive_steps,
     pruned_depths,
@@ -45,23 +46,45 @@ def test_a_node_alone_at_its_depth_and_equal_leaves_have_no_advantage():
 def test_of_each_last_split_the_better_half_or_the_extremes_are_kept():
     rewards = torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0, 5.0, 4.0])
     branches = torch.tensor([0, 0, 0, 0, 2, 2, 7])
-    half, extremes = (keep_by_width(rewards, branches, mode).tolist() for mode in ("half", "extremes"))
+    half, extremes = (keep_leaves(rewards, branches, mode).tolist() for mode in ("half", "extreme"))
     assert half == [False, True, True, False, True, False, True]  # the first of equals; one alone is kept
     assert extremes == [False, True, False, True, True, False, True]
-    assert keep_by_width(rewards, branches, "none").all()
-    with pytest.raises(ValueError, match="mode: got 'best', expected 'none', 'half'"):
-        keep_by_width(rewards, branches, "best")
+    some = keep_leaves(rewards, branches, "half", torch.tensor([1, 0, 1, 1, 1, 1, 0]).bool()).tolist()
+    assert some == [False, False, True, False, True, False, False]  # of what could be scored
+    with pytest.raises(ValueError, match="mode: got 'best', expected 'half' or 'extreme'"):
+        keep_leaves(rewards, branches, "best")
 
 
-def test_the_window_of_pruned_depths_moves_on_and_stays_at_the_end():
-    assert [list(pruned_depths(step, 2, 30, 4)) for step in (0, 29, 30, 60, 900)] == [
-        [1, 2],
-        [1, 2],
-        [2, 3],
-        [3, 4],
-        [3, 4],
+def test_the_window_of_pruned_depths_moves_from_the_leaves_towards_the_noise_and_stays_at_the_last_split():
+    """As the code: depths d - min(step // interval, first - stop). Four of 20 deep, the last split at 9."""
+    windows = [list(pruned_depths(step, 4, 30, 20, 9)) for step in (0, 29, 30, 60, 240, 900)]
+    assert windows == [
+        [17, 18, 19, 20],
+        [17, 18, 19, 20],
+        [16, 17, 18, 19],
+        [15, 16, 17, 18],
+        [9, 10, 11, 12],
+        [9, 10, 11, 12],
     ]
-    assert list(pruned_depths(5, 0, 30, 9)) == [] and list(pruned_depths(0, 20, 30, 3)) == [1, 2, 3]
+    assert list(pruned_depths(5, 0, 30, 9, 2)) == [] and list(pruned_depths(0, 20, 30, 3, 2)) == [1, 2, 3]
+    assert list(pruned_depths(900, 2, 30, 10, 0)) == [1, 2]  # depth 0 has no edge
+    assert list(pruned_depths(900, 2, 30, 4, 4)) == [3, 4]  # a split so late moves it nowhere
+
+
+def test_of_the_transitions_after_the_last_split_each_branchs_better_half_or_each_trees_outer_half_stays():
+    """Two trees of two branches, two and three transitions a branch."""
+    advantages = torch.tensor([0.5, -0.5, 0.1, 0.2, 0.3, -1.0, 1.0, 0.0, 0.0, 2.0])
+    branches = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3, 3])
+    trees = torch.tensor([0] * 5 + [1] * 5)
+    half = keep_transitions(advantages, branches, trees, "half").nonzero().flatten().tolist()
+    assert half == [0, 4, 6, 9]
+    extremes = keep_transitions(advantages, branches, trees, "extremes").nonzero().flatten().tolist()
+    assert extremes == [0, 1, 5, 9]  # of five: two, the largest and the smallest
+    six = keep_transitions(torch.arange(6.0), torch.zeros(6), torch.zeros(6), "extremes")
+    assert six.tolist() == [True, True, False, False, False, True]  # of three the odd one is of the smallest
+    assert keep_transitions(torch.ones(1), torch.zeros(1), torch.zeros(1), "extremes").tolist() == [True]
+    with pytest.raises(ValueError, match="mode: got 'none'"):
+        keep_transitions(advantages, branches, trees, "none")
 
 
 def test_softmax_backup_of_two_children_is_the_known_number_and_weights_sum_to_1():
@@ -115,7 +138,7 @@ def test_of_each_branching_at_most_the_best_and_the_worst_are_kept_and_only_if_t
 
 def test_the_better_half_of_an_odd_branch_is_rounded_down():
     rewards = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.7, 0.9, 0.8, 0.6])
-    kept = keep_by_width(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), "half")
+    kept = keep_leaves(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), "half")
     assert kept.nonzero().flatten().tolist() == [1, 5, 6]
 
 
@@ -126,7 +149,7 @@ def test_a_spread_of_exactly_the_least_is_enough():
 
 
 def test_a_window_as_long_as_the_tree_stays_at_the_start():
-    assert list(pruned_depths(900, 3, 30, 3)) == [1, 2, 3]
+    assert list(pruned_depths(900, 3, 30, 3, 2)) == [1, 2, 3]
 
 
 def test_no_gradient_passes_to_the_rewards():

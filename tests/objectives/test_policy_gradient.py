@@ -9,13 +9,14 @@ from visalign.advantages.group import group_advantages
 from visalign.objectives.policy_gradient import (
     clipped_loss,
     clipped_surrogate,
+    flow_grpo_kl_dt,
     kl_penalty,
     ppo_stats,
     ratio_norm_log_ratio,
     step_weights,
     tempflow_weights,
 )
-from visalign.transitions import Gaussian, flow_ode, flow_sde
+from visalign.transitions import Gaussian, cps, flow_ode, flow_sde
 from visalign.transitions.flow import cps_std, flow_sde_std
 
 STD = flow_sde_std(0.7, 0.6, 0.7)
@@ -313,3 +314,17 @@ def test_no_gradient_reaches_what_was_sampled_before():
     gradients = torch.autograd.grad(loss, (log_prob, mean, old, advantages, old_mean, reference), allow_unused=True)
     assert [g is None for g in gradients] == [False, False, True, True, True, True]
     assert not any(value.requires_grad for value in ppo_stats(log_prob, advantages, 0.2).values())
+
+
+def test_flow_grpos_kl_is_its_codes_for_the_sde_and_for_cps():
+    """mean_d (mean - mean_ref)^2 / (2 std_dev_t^2), std_dev_t the SDE's diffusion, and cps's whole spread."""
+    x, v, w = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma, sigma_next = 0.6, 0.5
+    for name, step, spread in (
+        ("flow_sde", lambda u: flow_sde(x, u, sigma, sigma_next, 0.7), 0.7 * math.sqrt(0.6 / 0.4)),
+        ("cps", lambda u: cps(x, u, sigma, sigma_next, 0.8), 0.5 * math.sin(0.8 * math.pi / 2)),
+    ):
+        policy, base = step(v), step(w)
+        dt = flow_grpo_kl_dt(name, sigma, sigma_next)
+        expected = ((policy.mean - base.mean) ** 2).mean(1) / (2 * spread**2)
+        torch.testing.assert_close(kl_penalty("flow_grpo", policy, base, dt=dt), expected)

@@ -8,7 +8,17 @@ import torch
 
 from visalign.sampling.rollout import recompute, rollout, step_log_prob
 from visalign.sampling.seeds import derived_seed, step_noise
-from visalign.transitions import CPS, DDIM, DanceSDE, FlowODE, FlowSDE, Schedule, ode_of
+from visalign.transitions import (
+    CPS,
+    DDIM,
+    DanceSDE,
+    FlowODE,
+    FlowSDE,
+    Schedule,
+    dpm_solver_2m,
+    ode_of,
+    velocity_to_denoised,
+)
 
 SHAPE = (2, 4, 4)
 SPREAD = 0.5  # of the data; their mean is the length of the prompt
@@ -210,6 +220,16 @@ def test_the_solver_starts_after_the_window_and_leaves_it_alone():
         assert torch.equal(runs[0].latents[step], runs[1].latents[step])
         assert torch.equal(runs[0].log_probs[step], runs[1].log_probs[step])
     assert not torch.allclose(runs[0].final, runs[1].final, atol=1e-3)
+
+
+def test_the_first_solver_step_is_of_second_order_with_the_windows_last_estimate():
+    generator = ToyGenerator()
+    trajectory = rollout(generator, PROMPTS, SEEDS, FlowSDE(), sde_steps=[2], solver="dpm2m", store_denoised=True)
+    levels, before = generator.schedule.levels, trajectory.denoised
+    x = trajectory.next_latents[2]
+    x = dpm_solver_2m(x, before[3], before[2], levels[2], levels[3], levels[4])
+    again = generator.predict(x, 4, PROMPTS).detach()
+    torch.testing.assert_close(velocity_to_denoised(x, again, levels[4]), before[4], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("solver", ["ode", "dpm2m"])

@@ -94,8 +94,12 @@ def dwells(window, count):
 
 
 def test_decay_spends_linearly_fewer_iterations():
+    """int(most (1 - p) + least p), p = position / (T - 2), as MixGRPO's code: it would reach the least at step 8."""
     window = make_window("decay", 10, 4, iterations=9, last_iterations=1, end="restart")
-    assert dwells(window, 9 + 7 + 5 + 3 + 1) == [9, 7, 5, 3, 1]
+    assert dwells(window, 9 + 8 + 7 + 6 + 5) == [9, 8, 7, 6, 5]
+    by_default = make_window("decay", 25, 4, iterations=25)  # to a quarter
+    assert by_default.fewest == 6 and [by_default.dwell(k) for k in (0, 1, 10, 19)] == [25, 24, 16, 9]
+    assert make_window("decay", 10, 4, iterations=3).fewest == 1
 
 
 def test_exp_decay_falls_after_its_knee():
@@ -106,10 +110,10 @@ def test_exp_decay_falls_after_its_knee():
 
 
 def test_flash_keeps_a_share_of_the_steps_after_the_window():
-    assert flash_post_steps(25, 3) == int(22 * 0.4) == 8
-    assert flash_post_steps(25, 3, ratio=0.2) == 4
-    assert flash_post_steps(25, 23) == 1
-    assert flash_post_steps(25, 3, ratio=1.0) == 21  # no more than there are
+    assert flash_post_steps(25, 3) == int(22 * 0.4) - 1 == 7  # so many levels, one step less
+    assert flash_post_steps(25, 3, ratio=0.2) == 3
+    assert flash_post_steps(25, 23) == 1 and flash_post_steps(10, 2, 0.5) == 3
+    assert flash_post_steps(25, 3, ratio=1.0) == 21  # all there are
 
 
 @pytest.mark.parametrize(
@@ -144,3 +148,13 @@ def test_bad_options_are_rejected():
 def test_decay_at_the_only_position_spends_all_its_iterations():
     window = make_window("decay", 6, 4, iterations=5)
     assert window.positions() == [0] and window.dwell(0) == 5
+
+
+@pytest.mark.parametrize("kind", ["random", "mix_random"])
+def test_a_run_of_another_seed_trains_other_windows(kind):
+    from visalign.trainers.flow_grpo import Config
+
+    windows = [
+        [Config(window=kind, window_size=2, seed=seed).make_window()(k) for k in range(20)] for seed in (0, 0, 1)
+    ]
+    assert windows[0] == windows[1] != windows[2]

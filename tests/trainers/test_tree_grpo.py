@@ -168,18 +168,38 @@ def test_stochastic_steps_between_the_splits_are_trained_with_their_nodes(loop):
 
 def test_pruning_leaves_edges_out_and_keeps_the_others_as_they_are(loop):
     whole, _ = assigned(trainer_of(loop))
-    best, _ = assigned(trainer_of(loop, prune="half"))
+    best, _ = assigned(trainer_of(loop, prune="half_leaves"))
     rewards = brightness(whole.tree).view(-1, 2)  # pairs of the last split, of two children
     kept = torch.stack([rewards[:, 0] >= rewards[:, 1], rewards[:, 0] < rewards[:, 1]], 1).flatten()
     assert torch.equal(best.advantages[2], whole.advantages[2] * kept) and kept.sum() == 4
     assert torch.equal(best.advantages[0], whole.advantages[0])  # each first branch has a leaf that is kept
-    both, _ = assigned(trainer_of(loop, prune="extremes"))
+    both, _ = assigned(trainer_of(loop, prune="extreme_leaves"))
     assert all(torch.equal(both.advantages[i], whole.advantages[i]) for i in (0, 2))  # of two, both
-    for step, left_out in ((0, 0), (4, 2)):  # depth 1 at first, depth 3 after two moves
+    for step, left_out in ((0, None), (2, 2), (9, None)):  # depth 4 has no edge, 3 has the last split's, 2 none again
         some, _ = assigned(trainer_of(loop, prune_depths=1, window_iterations=2), step)
         again, _ = assigned(trainer_of(loop), step)
         for i in (0, 2):
             assert torch.equal(some.advantages[i], again.advantages[i] * (i != left_out))
+
+
+def test_pruning_as_in_the_code_touches_the_steps_after_the_last_split_alone(loop):
+    whole, _ = assigned(trainer_of(loop, between="sde", split_steps=(0, 1)))
+    for mode in ("half", "extremes"):
+        some, _ = assigned(trainer_of(loop, between="sde", split_steps=(0, 1), prune=mode))
+        for i in (0, 1):
+            assert torch.equal(some.advantages[i], whole.advantages[i])
+        late = torch.stack([whole.advantages[2], whole.advantages[3]])  # each branch is a chain of two
+        kept = torch.stack([some.advantages[2], some.advantages[3]])
+        assert torch.equal(kept[kept != 0], late[kept != 0])
+        if mode == "half":  # one of two: where they are equal the first
+            assert torch.equal(kept[0], late[0]) and kept[1].abs().max() == 0
+        else:  # of a tree's eight four: its two largest and its two smallest
+            for tree in (slice(0, 4), slice(4, 8)):
+                values = late[:, tree].flatten().sort().values
+                expected = torch.cat([values[:2], values[-2:]])
+                assert torch.equal(kept[:, tree][kept[:, tree] != 0].sort().values, expected[expected != 0])
+    with pytest.raises(ValueError, match="prune: got 'half', which is of the stochastic steps after the last split"):
+        trainer_of(loop, prune="half")
 
 
 def test_tree_advantages_are_the_leaves_and_backwards_their_mean_without_normalising_again(loop):
@@ -301,8 +321,8 @@ def test_a_failed_score_leaves_its_own_edges_without_signal_and_is_in_no_mean_ab
         ("branch_grpo", dict(max_advantage=0.1)),
         ("branch_grpo", dict(clip_range=1e-9)),
         ("tempflow", dict(noise_weight=False)),
-        ("branch_grpo", dict(prune="half")),
-        ("branch_grpo", dict(prune_depths=1)),
+        ("branch_grpo", dict(prune="half_leaves")),
+        ("branch_grpo", dict(prune_depths=2)),
         ("b2_diffurl", dict(positive_weight=0.0)),
         ("b2_diffurl", dict(negative_weight=0.5)),
         ("b2_diffurl", dict(keep_above=9.0)),

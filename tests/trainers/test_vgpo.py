@@ -11,7 +11,7 @@ from trainer_checks import refused, scored
 from visalign.advantages.group import clip_advantages, group_advantages
 from visalign.advantages.process_values import dual_advantages, process_values, temporal_weights
 from visalign.data.prompts import iteration_groups
-from visalign.rewards import make_reward
+from visalign.rewards import as_reward, make_reward
 from visalign.trainers import vgpo
 from visalign.trainers.vgpo import VGPO, Config
 from visalign.training.before.config import parse_config
@@ -30,7 +30,7 @@ def small(options, world_files):
 
 @pytest.fixture(scope="module")
 def loop(small, tmp_path_factory):
-    cfg = Config(**small, timestep_fraction=1.0, run_dir=str(tmp_path_factory.mktemp("vgpo") / "run"))
+    cfg = Config(**small, absolute=0.0, timestep_fraction=1.0, run_dir=str(tmp_path_factory.mktemp("vgpo") / "run"))
     with open_training(cfg, make_plan(cfg, "vgpo"), cfg.prompts_per_step) as loop:
         loop.fresh = {k: v.clone() for k, v in loop.state.policy.tensors().items()}
         yield loop
@@ -168,6 +168,27 @@ def test_each_option_of_the_advantages_changes_them(loop, changes):
         assert torch.equal(other[1:], base[1:])
 
 
+def test_the_absolute_term_is_by_default_a_tenth_on_average_and_pulls_where_all_are_alike(loop):
+    assert Config().absolute is None
+    trainer = trainer_of(loop, absolute=None)
+    batches = sampled(trainer)
+    plain, *_ = advantages(trainer_of(loop), batches)
+    both, *_ = advantages(trainer, batches)
+    cfg, values = trainer.cfg, process_values(batches[1].total.view(4, 6), trainer.cfg.discount)
+    weights = temporal_weights(values, limit=cfg.max_weight).float()
+    term = (0.1 * values / values[: cfg.horizon].mean()).float()
+    torch.testing.assert_close(both, clip_advantages(plain + weights * term, cfg.max_advantage), rtol=1e-4, atol=1e-5)
+    constant = Scorer(lambda_reward(0.5), torch.device("cpu"))
+    alike, *_ = advantages(trainer_of(loop, constant, absolute=None), sampled(trainer_of(loop, constant)))
+    assert alike.min() > 0, "a group without spread still learns"
+    zero = Scorer(lambda_reward(0.0), torch.device("cpu"))
+    assert advantages(trainer_of(loop, zero, absolute=None), sampled(trainer_of(loop, zero)))[0].abs().max() == 0
+
+
+def lambda_reward(value):
+    return as_reward(lambda images: torch.full((len(images),), value), "constant")
+
+
 @pytest.mark.parametrize(
     "changes", [dict(eta=0.3), dict(sampler="cps"), dict(sampler="dance_sde"), dict(same_latents=True)], ids=str
 )
@@ -269,7 +290,7 @@ def test_inner_epochs_make_that_many_updates(loop):
         (dict(discount=2), "discount: got 2.*expected within"),
         (dict(absolute=-1), "absolute: got -1"),
         (dict(absolute=1, absolute_steps=5), "absolute_steps: got 5, expected 1 .. 4"),
-        (dict(absolute_steps=2), "absolute_steps: got 2 with absolute 0, expected None"),
+        (dict(absolute=0, absolute_steps=2), "absolute_steps: got 2 with absolute 0, expected None"),
         (dict(max_weight=0.5), "max_weight: got 0.5"),
         (dict(timestep_fraction=0.2), "timestep_fraction: got 0.2 of 4"),
         (dict(kl_weight=-1), "kl_weight: got -1"),

@@ -53,10 +53,12 @@ def depth_advantages(
     return torch.where(spread < least_std, torch.zeros_like(advantages), advantages)
 
 
-def keep_by_width(
-    rewards: Tensor, branches: Tensor, mode: Literal["none", "half", "extremes"], valid: Tensor | None = None
+def keep_leaves(
+    rewards: Tensor, branches: Tensor, mode: Literal["half", "extreme"], valid: Tensor | None = None
 ) -> Tensor:
-    """BranchGRPO's pruning by width (arXiv:2509.06040): the leaves that are trained, (L,) bool.
+    """BranchGRPO's pruning by width (arXiv:2509.06040) as its paper tells it: the leaves that are trained, (L,) bool.
+
+    Edges above stay if they lead to one of these. What its code does is `keep_transitions`.
 
     Of the leaves of one branch (siblings of the last split) the better half, rounded down but at least one ("half"), or
     the best and the worst ("extremes"). Of equal ones the first. "none": all leaves.
@@ -65,12 +67,10 @@ def keep_by_width(
         rewards, branches: (L,); leaves of one branch have the same number.
         valid: (L,) bool: leaves that could be scored, of which these are chosen. None: all.
     """
-    if mode not in ("none", "half", "extremes"):
-        raise ValueError(f"mode: got {mode!r}, expected 'none', 'half' or 'extremes'")
+    if mode not in ("half", "extreme"):
+        raise ValueError(f"mode: got {mode!r}, expected 'half' or 'extreme'")
     valid = torch.ones(len(rewards), dtype=torch.bool) if valid is None else valid
-    selected = valid & (mode == "none")
-    if mode == "none":
-        return selected
+    selected = torch.zeros_like(valid)
     for branch in branches[valid].unique():
         rows = ((branches == branch) & valid).nonzero().flatten()
         order = rows[rewards[rows].argsort(descending=True, stable=True)]
@@ -79,14 +79,41 @@ def keep_by_width(
     return selected
 
 
-def pruned_depths(step: int, size: int, iterations: int, last: int) -> range:
+def pruned_depths(step: int, size: int, iterations: int, last: int, stop: int) -> range:
     """BranchGRPO's pruning by depth (arXiv:2509.06040): the depths whose nodes are not trained in an iteration.
 
-    A window of `size` depths that begins at 1, moves on by one every `iterations`, and stays at `last` once it ends
-    there. Where it begins is reconstructed.
+    A window of `size` depths that moves by one towards the noise every `iterations`, and stays where it begins at
+    depth `stop`, the last split's, as in its code. There its first place is given by hand (15 to 18 of 20); ours is
+    the deepest, up to `last`, the leaves' depth.
     """
-    start = 1 + min(step // iterations, max(last - size, 0))
+    first = max(last - size + 1, 1)
+    start = max(first - step // iterations, min(first, max(stop, 1)))
     return range(start, min(start + size, last + 1))
+
+
+def keep_transitions(advantages: Tensor, branches: Tensor, trees: Tensor, mode: Literal["half", "extremes"]) -> Tensor:
+    """BranchGRPO's pruning by width as its code has it: which transitions after the last split are trained, (K,) bool.
+
+    "half": of each branch, what descends from one node of the last split, the half with the larger advantages, at least
+    one. "extremes": of all the half that is farthest out, as many of the largest as of the smallest (one more of these
+    where the number is odd), at least one of each. There "all" are those of a process; here of a tree, so that the
+    number of processes changes nothing.
+
+    Args:
+        advantages, branches, trees: (K,), of the transitions of all layers after the last split.
+    """
+    if mode not in ("half", "extremes"):
+        raise ValueError(f"mode: got {mode!r}, expected 'half' or 'extremes'")
+    kept = torch.zeros(len(advantages), dtype=torch.bool)
+    for group in (branches if mode == "half" else trees).unique():
+        rows = ((branches if mode == "half" else trees) == group).nonzero().flatten()
+        order = rows[advantages[rows].argsort(descending=True, stable=True)]
+        if mode == "half":
+            kept[order[: max(1, len(rows) // 2)]] = True
+        else:
+            count = max(2, len(rows) // 2)
+            kept[order[: count // 2]] = kept[order[-(count - count // 2) :]] = True
+    return kept
 
 
 def tree_backup(

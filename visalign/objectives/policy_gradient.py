@@ -131,6 +131,15 @@ def kl_penalty(
     return policy.kl(frozen) * (1.0 if dt is None else abs(dt))
 
 
+def flow_grpo_kl_dt(sampler: str, sigma: float, sigma_next: float) -> float:
+    """The `dt` of "flow_grpo" in `kl_penalty`, by the transition's name.
+
+    Flow-GRPO's code divides by the squared "std_dev_t" that its step functions return. For the SDEs that is the
+    diffusion, without the step's |dt|; for cps the step's whole spread, so that its KL is the true one: 1.
+    """
+    return 1.0 if sampler == "cps" else sigma_next - sigma
+
+
 def tempflow_weights(stds: Sequence[float]) -> list[float]:
     """TempFlow-GRPO's weight of each step's loss (arXiv:2508.04324): std_i / mean_j std_j, of mean 1.
 

@@ -249,7 +249,8 @@ class _Stepper:
         self.ode: Transition | None = None
         self.stochastic: dict[int, float] = {}  # step: std
         self.next_level: dict[int, int] = {}  # where a step leads, if not to the next level
-        self.previous: tuple[float, Tensor] | None = None  # sigma and denoised of the solver's step before
+        self.previous: tuple[float, Tensor] | None = None  # of the second-order solver: sigma and denoised of this step
+        self.earlier: tuple[float, Tensor] | None = None  # and of the step before
         self.record: dict[str, Any] = {
             name: {} for name in ("latents", "next_latents", "log_probs", "means", "denoised")
         }
@@ -286,6 +287,10 @@ class _Stepper:
         if self.store_denoised:
             assert self.ode is not None
             self.record["denoised"][step_index] = self.ode(schedule, step_index, latents, prediction)[1]
+        if self.solver == "dpm2m":  # the window's estimates serve the first step after it
+            sigma, before = schedule.levels[step_index], self.previous
+            self.previous = sigma, velocity_to_denoised(latents, prediction, sigma)
+            self.earlier = before
         if step_index in self.stochastic:
             return self._sample(schedule, step_index, latents, prediction)
         if schedule.kind == "flow" and step_index > max(self.stochastic, default=-1):
@@ -308,9 +313,8 @@ class _Stepper:
         sigma_next = schedule.levels[self.next_level.get(step_index, step_index + 1)]
         if self.solver == "ode":
             return flow_ode(latents, prediction, sigma, sigma_next).mean
-        denoised = velocity_to_denoised(latents, prediction, sigma)
-        sigma_prev, previous = self.previous or (None, None)
-        self.previous = sigma, denoised
+        assert self.previous is not None
+        denoised, (sigma_prev, previous) = self.previous[1], self.earlier or (None, None)
         return dpm_solver_2m(latents, denoised, previous, sigma_prev, sigma, sigma_next)
 
     def trajectory(self, prompts: list[str], seeds: list[int], final: Tensor, images: Tensor | None) -> Trajectory:

@@ -156,20 +156,26 @@ class ProgressiveWindow:
 
 @dataclass(frozen=True)
 class DecayWindow(ProgressiveWindow):
-    """As progressive, with the iterations falling linearly to `last_iterations` at the last position (rounded up)."""
+    """As progressive, with the iterations falling linearly towards `last_iterations` at step T - 2, rounded down.
+
+    As in MixGRPO's code: the last position lies before T - 2, so that it has some more.
+    """
 
     name: ClassVar[str] = "decay"
-    last_iterations: int = 1
+    last_iterations: int | None = None  # None: a quarter of `iterations`, at least 1
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.last_iterations <= self.iterations:
+        if not 1 <= self.fewest <= self.iterations:
             raise ValueError(f"last_iterations: got {self.last_iterations}, expected within 1 .. {self.iterations}")
 
+    @property
+    def fewest(self) -> int:
+        return max(1, self.iterations // 4) if self.last_iterations is None else self.last_iterations
+
     def dwell(self, position: int) -> int:
-        last = self.positions()[-1]
-        fall = 0.0 if last == 0 else (self.iterations - self.last_iterations) * position / last
-        return math.ceil(self.iterations - fall)
+        along = position / (self.num_steps - 2)
+        return max(self.fewest, int(self.iterations * (1 - along) + self.fewest * along))
 
 
 @dataclass(frozen=True)
@@ -221,12 +227,16 @@ def trained_steps(steps: list[int], fraction: float) -> list[int]:
 
 
 def flash_post_steps(num_steps: int, last_step: int, ratio: float = 0.4) -> int:
-    """MixGRPO-Flash's number of solver steps after the last stochastic one: max(int((T - last_step) * ratio), 1)."""
+    """MixGRPO-Flash's number of solver steps after the last stochastic one: int((T - last_step) * ratio) - 1.
+
+    Its code lays that many *levels*, the one after `last_step` and 0 among them, so there is one step less. At least 1,
+    and no more than there are; the code makes none at all, and decodes noise, where the number is 1.
+    """
     if not 0 <= last_step < num_steps - 1:
         raise ValueError(f"last_step: got {last_step}, expected 0 .. {num_steps - 2}, with steps left after it")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: got {ratio}, expected within (0, 1]")
-    return min(max(int((num_steps - last_step) * ratio), 1), num_steps - last_step - 1)
+    return min(max(int((num_steps - last_step) * ratio) - 1, 1), num_steps - last_step - 1)
 
 
 def _draw(count: int, iteration: int, seed: int, generator: torch.Generator | None) -> int:
