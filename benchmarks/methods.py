@@ -37,6 +37,7 @@ JUDGE, GROUP, CAPTIONS = "{name: vqascore, model: shapes-vlm}", 8, 25
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: world, trainer, options beside its defaults
     "flow_grpo": ("shapes-flow", "flow_grpo", {}),
     "vgpo": ("shapes-flow", "vgpo", {}),
+    "vgpo, relative alone": ("shapes-flow", "vgpo", {"absolute": 0.0}),
     "branch_grpo": ("shapes-flow", "tree_grpo", {"method": "branch_grpo"}),
     "tempflow": ("shapes-flow", "tree_grpo", {"method": "tempflow"}),
     "draft_1": ("shapes-flow", "reward_backprop", {"method": "draft"}),

@@ -131,7 +131,7 @@ class Config(options.CommonConfig):
         late = "prune" in own and self.of("prune") in ("half", "extremes")
         if late and (self.of("between") != "sde" or self.of("split_steps")[-1] + 1 >= last):
             raise ValueError(
-                f"prune: got {self.prune!r}, which is of the stochastic steps after the last split, and there are none; "
+                f"prune: got {self.prune!r}, which is of the stochastic steps after the last split; there are none, "
                 "expected between 'sde', or 'half_leaves' or 'extreme_leaves'"
             )
         if self.method == "b2_diffurl":
