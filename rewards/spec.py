@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from visalign.locations import check_location, load_location
+from visalign.locations import check_location, load_location, module_files
 from visalign.names import unknown_name
 
 from .base import Reward, as_reward, reward_factory, reward_names
@@ -18,6 +18,7 @@ from .shaping import Transform, read_transforms
 
 # remote:URL[:WEIGHT]; a number straight after the host is the port
 REMOTE = re.compile(r"remote:(?P<url>https?://(\[[^]]*\]|[^:/\s]+)(:\d+(?![\d.]))?(/[^:\s]*)?)(:(?P<weight>[^:]+))?")
+TEXTS = (".py", ".yaml", ".yml", ".json", ".jsonl", ".txt")  # of files that say what a reward is; no weights
 RewardSpec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
@@ -90,6 +91,23 @@ def make_reward(spec: RewardSpec, **options: Any) -> Reward:
     if len(members) == 1 and members[0].weight == 1 and not members[0].transform and combine == Combine():
         return members[0].reward
     return CombinedReward(members, combine)
+
+
+def spec_files(spec: RewardSpec) -> list[Path]:
+    """The user's files that a spec is made of, by name: its YAML, Python files of rewards, texts that options name."""
+    files = [Path(spec).expanduser()] if isinstance(spec, str) and spec.endswith((".yaml", ".yml")) else []
+    for term in parse_spec(spec):
+        where = term.name.rpartition(":")[0]
+        files += [Path(where).expanduser()] if where.endswith(".py") else [] if not where else module_files(where)
+        files += [Path(v).expanduser() for v in _texts(term.options) if v.endswith(TEXTS)]
+    return [file for file in dict.fromkeys(files) if file.is_file()]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, (str, Path)):
+        return [str(value)]
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else ()
+    return [text for item in values for text in _texts(item)]
 
 
 def _read_yaml(path: str) -> RewardSpec:

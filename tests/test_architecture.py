@@ -14,7 +14,7 @@ TOPS = {
     "trainers": "visalign.trainers",
     "demos": "visalign.demos",
 }
-LEAVES = {"images", "names", "lazy", "locations"}
+LEAVES = {"files", "images", "names", "lazy", "locations"}
 MOST = 18  # modules in a folder
 
 

@@ -324,9 +324,11 @@ class TreeGRPO(Trainer):
                 i: torch.zeros_like(tree.roots[i + 1]).scatter(0, ancestors[i + 1], ancestors[split + 1]) for i in late
             }
             rows = {i: kept[i].nonzero().flatten() for i in late}
-            columns = [torch.cat([values[i][rows[i]] for i in late]) for values in (edges, branch)]
-            trees = torch.cat([tree.roots[i + 1][rows[i]] for i in late])
-            chosen = keep_transitions(*columns, trees, of("prune"))
+            advantages, branches, trees = (
+                torch.cat([values[i][rows[i]] for i in late])
+                for values in (edges, branch, {i: tree.roots[i + 1] for i in late})
+            )
+            chosen = keep_transitions(advantages, branches, trees, of("prune"))
             for i, part in zip(late, chosen.split([len(rows[i]) for i in late])):
                 kept[i][rows[i]] = part
         return kept

@@ -63,6 +63,16 @@ def load_callable(argument: str, given: Any) -> Callable:
     return value
 
 
+def module_files(module: str) -> list[Path]:
+    """The file of a module that is no installed package's: a user's own."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    file = Path((spec.origin if spec is not None else None) or "")
+    return [file] if file.suffix == ".py" and not {"site-packages", "dist-packages"} & set(file.parts) else []
+
+
 def _names_in_file(argument: str, path: Path, location: str) -> set[str] | None:
     """Names that a Python file defines at its top level, read without running it; None where that cannot be told."""
     if not path.expanduser().is_file():

@@ -1,18 +1,25 @@
 """A run stopped, killed or extended equals the unbroken one: weights, average, optimiser, metrics, bit by bit."""
 
 import json
+import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from trainer_checks import assert_equal_runs, exit_codes, in_child, lines, stop_in_step
 
 from visalign.pipeline.generator import Generator
+from visalign.rewards.spec import spec_files
 from visalign.trainers.flow_grpo import Config, FlowGRPO, main
+from visalign.training.before.config import parse_config
+from visalign.training.before.preflight import make_plan
+from visalign.training.loop.trainer import launch
 from visalign.training.run.checkpoint import load_checkpoint
-from visalign.training.run.folder import read_metrics
+from visalign.training.run.folder import lock_folder, new_folder, read_metrics
 
 EVERY = dict(steps=4, eval_every=2, eval_during=2, updates_per_step=2, kl_weight=0.1, warmup_steps=2, keep=9)
 
@@ -63,7 +70,8 @@ def test_resumed_from_an_earlier_checkpoint_the_later_branch_is_gone_and_the_end
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     (folder / "checkpoints" / "step-7").mkdir()
-    shutil.copy(folder / "checkpoints" / "step-4" / "state.json", folder / "checkpoints" / "step-7")
+    for file in (folder / "checkpoints" / "step-4").iterdir():
+        shutil.copy(file, folder / "checkpoints" / "step-7")
     main(config(options, folder, resume=str(folder / "checkpoints" / "step-3")))
     assert_equal_runs(unbroken, folder, 4)
     assert not (folder / "checkpoints" / "step-7").exists()
@@ -154,5 +162,92 @@ def test_a_reward_file_that_has_changed_is_refused_at_resume(options, tmp_path):
     more = {**options, "reward": str(mix), "steps": 1}
     folder = main(Config(**more, run_dir=str(tmp_path / "run")))
     mix.write_text("rewards: [jpeg_compressibility, 'gold:0.5']\n")
-    with pytest.raises(ValueError, match="^reward: .*mix.yaml' has changed since the run that is resumed"):
+    with pytest.raises(ValueError, match=r"^reward: .*mix.yaml' or a judge \(.*\) has changed since the run"):
         main(Config(**{**more, "steps": 2}, resume=str(folder)))
+    main(Config(**{**more, "steps": 2}, resume=str(folder), allow_changes=True))
+
+
+def test_python_and_texts_that_a_reward_or_a_judge_is_made_of_are_among_its_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mine.py", "other.py", "spare.py"):
+        (tmp_path / name).write_text("def red(images):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    (tmp_path / "words.txt").write_text("{prompt}")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"rewards: ['{tmp_path / 'mine.py'}:red', 'other:red', {{name: gold}}]\n")
+    assert [f.name for f in spec_files(str(mix))] == ["mix.yaml", "mine.py", "other.py"]
+    assert [f.name for f in spec_files(f"{tmp_path / 'mine.py'}:red:0.5+gold")] == ["mine.py"]
+    assert spec_files("clip_match+gold:0.1") == []
+    options = {"name": "videoscore2", "template": str(tmp_path / "words.txt"), "url": "http://127.0.0.1:9"}
+    assert [f.name for f in spec_files(options)] == ["words.txt"]
+
+
+def test_a_changed_python_file_of_a_judge_is_refused_at_resume(options, tmp_path, monkeypatch):
+    file = tmp_path / "judge.py"
+    file.write_text("def grey(images):\n    return images.mean(dim=(1, 2, 3))\n")
+    more = {**options, "judges": f"{file}:grey", "steps": 1}
+    folder = main(Config(**more, run_dir=str(tmp_path / "run")))
+    file.write_text("def grey(images):\n    return -images.mean(dim=(1, 2, 3))\n")
+    with pytest.raises(ValueError, match="has changed since the run that is resumed"):
+        main(Config(**{**more, "steps": 2}, resume=str(folder)))
+
+
+@pytest.mark.parametrize("harm", ["missing", "empty", "binary"])
+def test_a_run_whose_config_is_lost_goes_on_with_the_checkpoints_own(options, unbroken, tmp_path, harm):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    written = (folder / "config.yaml").read_text()
+    if harm == "missing":
+        (folder / "config.yaml").unlink()
+    else:
+        (folder / "config.yaml").write_bytes(b"" if harm == "empty" else b"\xff\x00")
+    cfg = parse_config(Config, ["--resume", str(folder)], prog="flow_grpo", description="")
+    assert replace(cfg, resume=None, run_dir=str(unbroken)) == replace(config(options, unbroken))
+    again = yaml.safe_load((folder / "config.yaml").read_text())
+    assert {**yaml.safe_load(written), "resume": None} == {**again, "resume": None}
+
+
+def test_a_run_at_work_is_not_joined_and_two_of_one_second_get_two_folders(options, unbroken, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    lock = lock_folder(folder)
+    with pytest.raises(ValueError, match="^run_dir: got .*, where another process is training"):
+        main(config(options, folder, resume=str(folder), steps=5))
+    lock.release()
+    monkeypatch.chdir(tmp_path)
+    first, second = new_folder(Path("runs/x-1")), new_folder(Path("runs/x-1"))
+    assert (first.name, second.name) == ("x-1", "x-1-2") and first.is_dir() and second.is_dir()
+
+
+def test_a_run_that_is_refused_leaves_no_folder_behind(options, tmp_path):
+    with pytest.raises(ValueError, match="lora_targets"):
+        main(config(options, tmp_path / "run", lora_targets=["nothing"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_steps_under_a_falling_schedule_are_said_at_resume(options, unbroken, tmp_path):
+    plan = make_plan(config(options, unbroken, resume=str(unbroken), steps=9, schedule="cosine"))
+    assert any(w.startswith("steps 4 -> 9: the cosine schedule") for w in plan.warnings)
+    assert not make_plan(config(options, unbroken, resume=str(unbroken), schedule="cosine")).warnings
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_a_signal_ends_early_says_so_by_its_exit_status(options, tmp_path, monkeypatch, number):
+    class Early(FlowGRPO):
+        def iteration(self, step):
+            os.kill(os.getpid(), number)
+            return super().iteration(step)
+
+    given = [f"--{name}={value}" for name, value in {**options, "steps": 2}.items() if not isinstance(value, list)]
+    with pytest.raises(SystemExit) as ended:
+        launch(Early, [*given, "--run_dir", str(tmp_path / "run")])
+    assert ended.value.code == 128 + number
+    with pytest.raises(SystemExit) as ended:  # the step under way is the last: nothing is missing
+        launch(Early, ["--resume", str(tmp_path / "run")])
+        raise SystemExit(0)
+    assert ended.value.code == 0 and (tmp_path / "run" / "summary.json").exists()
+
+
+def test_lines_of_metrics_that_are_no_steps_are_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "a": 2}\n5\n{}\n[]\n{"step": true}\n\xff\n{"step": 2}\n{"st')
+    assert [line["step"] for line in read_metrics(file)] == [1, 2]

@@ -28,6 +28,8 @@ from typing import Any
 
 from PIL import Image
 
+from visalign.files import write_whole
+
 LABELS = ("image_0", "image_1", "tie", "both_bad")
 SHARES = {"image_0": (1.0, 0.0), "image_1": (0.0, 1.0), "tie": (0.5, 0.5), "both_bad": (0.5, 0.5)}
 LOG = "metadata.jsonl"
@@ -120,12 +122,7 @@ class VoteStore:
         name = f"images/{hashlib.sha256(image.tobytes() + repr(image.size).encode()).hexdigest()}.png"
         path = self.folder / name
         if not path.exists():
-            partial = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.partial")
-            with open(partial, "wb") as file:
-                file.write(buffer.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            write_whole(path, buffer.getvalue())
             _sync_folder(path.parent)
         return name
 

@@ -1,7 +1,6 @@
 """A search into a folder: progress on the screen, the picture found, what it cost, and the curve of it."""
 
 import json
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from visalign.files import write_whole
 from visalign.images import images_to_pil
 
 from . import Chain, Event, events_of, prepare
@@ -149,9 +149,7 @@ def plot_traces(records: list[dict[str, Any]], path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, UTF-8."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A tree in a folder: continued, killed, refused; the same to the bit as an unbroken search."""
 
+import json
 import math
 import os
 import shutil
@@ -166,3 +167,41 @@ def test_leaves_are_decoded_for_looking_at_without_cost():
     images = leaf_images(chain, tree, tree.leaves[:5].tolist())
     assert [float(image.sum() / 2) for image in images.values()] == pytest.approx(tree.rewards[:5].tolist())
     assert chain.ledger.decodes == spent and list(images) == tree.leaves[:5].tolist()
+
+
+def altered(change):
+    def harm(folder):
+        saved = json.loads((folder / "tree.json").read_text())
+        change(saved)
+        (folder / "tree.json").write_text(json.dumps(saved))
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "tree.json").write_text("[]"),
+        lambda folder: (folder / "tree.json").write_text("[" * 100_000),
+        lambda folder: next(folder.glob("states-*")).unlink(),
+        lambda folder: os.truncate(next(folder.glob("states-*")), 50),
+        altered(lambda s: s["tree"].pop("queue")),
+        altered(lambda s: s["tree"]["parent"].__setitem__(3, 900)),
+        altered(lambda s: s["tree"]["parent"].__setitem__(0, 5)),
+        altered(lambda s: s["tree"]["parent"].__setitem__(2, "x")),
+        altered(lambda s: s["tree"]["value"].__setitem__(1, float("nan"))),
+        altered(lambda s: s["tree"]["value"].pop()),
+        altered(lambda s: s["ledger"].update(nfe=0)),
+        altered(lambda s: s.update(rules=None)),
+        altered(lambda s: s.update(best={"leaf": 10**6, "reward": 1.0, "entity": 0})),
+        altered(lambda s: s.update(files=7)),
+    ],
+)
+def test_a_damaged_tree_is_one_line_and_nothing_is_spent(tmp_path, harm):
+    search(dts, 200, folder=tmp_path, **SMALL)
+    load_tree(tmp_path)
+    harm(tmp_path)
+    chain = toy_chain(max_nfe=300)
+    with pytest.raises(ValueError, match="^folder: got ") as caught:
+        next(dts(chain, folder=tmp_path, **SMALL))
+    assert "\n" not in str(caught.value) and chain.ledger.nfe == 0

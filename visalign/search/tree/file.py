@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from visalign.files import write_beside, write_whole
 from visalign.search.chain import Best, Chain
 from visalign.search.ledger import Ledger
 
@@ -58,13 +60,12 @@ class TreeFile:
         """The tree that lies in the folder, with the chain's ledger and best result as they were; or a new one.
 
         Raises:
-            ValueError: it belongs to another search.
+            ValueError: it belongs to another search, or is damaged.
         """
         if self.folder is None or not (self.folder / "tree.json").exists():
             return Tree(rules)
-        saved = _read(self.folder)
+        saved, tree, tensors = _load(self.folder)
         _refuse_other("search", saved["search"], self.search)
-        tree, tensors = _tree(self.folder, saved)
         own = {name: getattr(tree.rules, name) for name, given in self.free.items() if given is None}
         _refuse_other("rule", _plain(tree.rules), _plain(dataclasses.replace(rules, **own)))
         self.chain.ledger = Ledger.from_dict({**saved["ledger"], "max_nfe": self.chain.ledger.max_nfe})
@@ -88,14 +89,12 @@ class TreeFile:
         new = self._new_tensors(tree)
         if new:
             path = self.folder / _name(self._files)
-            save_file(new, _beside(path))
-            os.replace(_beside(path), path)
+            write_beside(path, lambda partial: save_file(new, partial))
         files, best = self._files + bool(new), self._best_result(tree)
         saved = {"format": FORMAT, "search": self.search, "rules": _plain(tree.rules), "files": files}
         saved |= {"ledger": self.chain.ledger.to_dict(), "best": best, "tree": _numbers(tree)}
         path = self.folder / "tree.json"
-        _beside(path).write_text(json.dumps(saved, allow_nan=False))
-        os.replace(_beside(path), path)
+        write_whole(path, json.dumps(saved, allow_nan=False))
         self._files = files
         for kind in ("state", "prediction"):
             self._kept |= {(kind, n) for n in new[f"{kind}_of"].tolist()} if kind in new else set()
@@ -123,14 +122,49 @@ class TreeFile:
 
 def load_tree(folder: str | Path) -> Tree:
     """The tree in a folder, to look at."""
-    return _tree(Path(folder), _read(Path(folder)))[0]
+    return _load(Path(folder))[1]
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], Tree, dict[str, Tensor]]:
+    """What tree.json holds, the tree, and the latest other tensors of its files.
+
+    Raises:
+        ValueError: there is none, or a file of it is not as it was written.
+    """
+    saved = _read(folder)
+    try:
+        tree, tensors = _tree(folder, saved)
+        _check(saved, tree)
+        return saved, tree, tensors
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, OSError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"folder: got {str(folder)!r}, whose tree is damaged ({reason}); take another one") from error
+
+
+def _check(saved: dict[str, Any], tree: Tree) -> None:
+    """Raise ValueError for a tree that no search grows."""
+    if any(not 0 <= parent < node for node, parent in enumerate(tree.parent) if node):
+        raise ValueError("a parent that does not come before its child")
+    if missing := [n for n in range(tree.size) if tree.scored[n] and n not in tree.states]:
+        raise ValueError(f"no state of node {missing[0]}")
+    if not np.isfinite(tree.value[: tree.size][tree.scored[: tree.size]]).all():
+        raise ValueError("a value that is not finite")
+    ledger = Ledger.from_dict(saved["ledger"])
+    if tree.scored_leaves and ledger.nfe < 1:
+        raise ValueError(f"{tree.scored_leaves} leaves for {ledger.nfe} denoiser calls")
+    if saved["best"] and saved["best"]["leaf"] not in tree.states:
+        raise ValueError("no state of the best leaf")
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
         saved = json.loads((folder / "tree.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"folder: got {str(folder)!r}, expected one with a tree.json: {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(
+            f"folder: got {str(folder)!r}, whose tree.json holds a {type(saved).__name__}, expected a tree"
+        )
     if saved.get("format") != FORMAT:
         raise ValueError(f"folder: got a tree of format {saved.get('format')}, expected {FORMAT}")
     return saved
@@ -190,7 +224,3 @@ def _refuse_other(what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> N
 
 def _name(number: int) -> str:
     return f"states-{number:06d}.safetensors"
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".new")

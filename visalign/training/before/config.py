@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from visalign.files import write_whole
+from visalign.training.run.checkpoint import checkpoints, find_checkpoint, load_state
+
 T = TypeVar("T")
 
 
@@ -37,15 +40,30 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
 
 
 def _with_resumed(argv: list[str], names: list[str]) -> list[str]:
-    """`--resume RUN` alone means the options of that run, in that folder: its config.yaml, then the command line."""
+    """`--resume RUN` alone means the options of that run, in that folder: its config.yaml, then the command line.
+
+    Where that file is missing or damaged, the options that lie in the checkpoint hold.
+    """
     for flag, value in zip(argv, [*argv[1:], ""]):
         if flag == "--resume" or flag.startswith("--resume="):
             path = Path(flag.partition("=")[2] or value)
             folder = path.parent.parent if path.name.startswith("step-") else path
-            if (folder / "config.yaml").is_file():
-                here = ["--run_dir", str(folder)] if "run_dir" in names else []  # it may have been moved since
+            here = ["--run_dir", str(folder)] if "run_dir" in names else []  # it may have been moved since
+            if _is_config(folder / "config.yaml"):
+                return ["--config", str(folder / "config.yaml"), *here, *argv]
+            if folder.is_dir() and checkpoints(folder / "checkpoints"):
+                saved = load_state(find_checkpoint(path))["config"]
+                kept = {name: given for name, given in saved.items() if name in names and name != "resume"}
+                write_whole(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
                 return ["--config", str(folder / "config.yaml"), *here, *argv]
     return argv
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
 
 
 def _check_files(argv: list[str], names: list[str]) -> None:
@@ -85,4 +103,4 @@ def _nearest(key: str, names: list[str]) -> str:
 
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved configuration, loadable by `--config`."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False))

@@ -8,7 +8,7 @@ import torch
 from visalign.training.attention import NAMES
 
 FREE_ON_RESUME = (
-    *("steps", "resume", "run_dir", "save_every", "keep", "eval_every", "eval_during"),
+    *("steps", "resume", "run_dir", "allow_changes", "save_every", "keep", "eval_every", "eval_during"),
     *("score_threads", "monitor"),
     *("batch_size", "attention", "compile", "gradient_checkpointing", "release_text_encoders"),
 )
@@ -59,6 +59,7 @@ class CommonConfig:
     # Run
     run_dir: str | None = None  # None: runs/<trainer>-<time>
     resume: str | None = None  # a run folder, or one of its step-N folders
+    allow_changes: bool = False  # resume although the prompts, or files of the reward or a judge, have changed
     save_every: int = 1  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, beside the best and the last
 

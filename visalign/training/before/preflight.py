@@ -14,6 +14,7 @@ from visalign.advantages.own import load_advantages
 from visalign.data.prompt_context import PromptContext
 from visalign.data.prompts import overlap, read_prompts, share_of
 from visalign.rewards import parse_spec
+from visalign.rewards.spec import spec_files
 from visalign.trainers import trainer_for
 from visalign.training.policy import check_lora_fits
 from visalign.training.run import checkpoint as ckpt
@@ -34,9 +35,10 @@ class Plan:
     eval_prompts: list[str]
     judges: dict[str, str]  # column: spec
     resume: Path | None = None
+    named: bool = True  # the folder's name was given; else another is found where it is taken
     warnings: list[str] = field(default_factory=list)
     digest: str = ""  # of the prompts
-    reward_digest: str = ""  # of the reward's YAML file, where it is one
+    reward_digest: str = ""  # of the files that the reward and the judges are made of; "": none
     context: PromptContext = field(default_factory=PromptContext)  # metadata and references of the prompts
     pictures: Any = None  # to train on, for trainers that do
 
@@ -72,17 +74,28 @@ def make_plan(
         warnings.append(f"{len(shared)} of {len(held_out)} evaluation prompts also stand in the training set")
     digest = _digest("\n".join([*prompts, "", *held_out]).encode())
     context = PromptContext.of_files(cfg.prompts, cfg.eval_prompts)
-    reward_digest = _digest(Path(cfg.reward).read_bytes()) if cfg.reward.endswith((".yaml", ".yml")) else ""
     if cfg.lora:
         check_lora_fits(Path(cfg.lora), Path(model), cfg.lora_rank, alpha_of(cfg))
     judges = judge_specs(cfg, held_out)
+    files = list(dict.fromkeys(f for spec in (cfg.reward, *judges.values()) for f in spec_files(spec)))
+    reward_digest = _digest(b"\0".join(file.read_bytes() for file in files)) if files else ""
     if resume is not None:
         state = ckpt.load_checkpoint(resume)[1]
         check_same_run(cfg, digest, resume, state)
-        if state.get("reward_file", "") != reward_digest:
-            raise ValueError(f"reward: {cfg.reward!r} has changed since the run that is resumed ({resume})")
+        if state.get("reward_file", "") != reward_digest and not cfg.allow_changes:
+            names = ", ".join(map(str, files)) or cfg.reward
+            raise ValueError(
+                f"reward: {cfg.reward!r} or a judge ({names}) has changed since the run that is resumed ({resume}); "
+                "put it back, or add --allow_changes true"
+            )
+        if cfg.schedule != "constant" and cfg.steps != state["config"].get("steps", cfg.steps):
+            warnings.append(
+                f"steps {state['config']['steps']} -> {cfg.steps}: the {cfg.schedule} schedule is that of {cfg.steps} "
+                f"steps from here on, so the learning rate jumps at step {state['step']}"
+            )
     check_writable(folder, resume is not None)
-    return Plan(model, folder, prompts, held_out, judges, resume, warnings, digest, reward_digest, context)
+    named = resume is not None or cfg.run_dir is not None
+    return Plan(model, folder, prompts, held_out, judges, resume, named, warnings, digest, reward_digest, context)
 
 
 def load_own(cfg: CommonConfig) -> None:
@@ -110,8 +123,11 @@ def check_same_run(cfg: CommonConfig, digest: str, path: Path, state: dict[str, 
         now = getattr(cfg, name)
         if (list(now) if isinstance(now, tuple) else now) != value:
             raise ValueError(f"{name}: got {now!r}, expected {value!r}, as in the run that is resumed ({path})")
-    if state.get("prompts") != digest:
-        raise ValueError(f"prompts: {cfg.prompts!r} does not hold the prompts of the run that is resumed ({path})")
+    if state.get("prompts") != digest and not cfg.allow_changes:
+        raise ValueError(
+            f"prompts: {cfg.prompts!r} does not hold the prompts of the run that is resumed ({path}); put them back, "
+            "or add --allow_changes true"
+        )
 
 
 def read_sets(cfg: CommonConfig) -> tuple[list[str], list[str]]:

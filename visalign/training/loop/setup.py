@@ -1,6 +1,7 @@
 """The state of a training run: built from the plan, evaluated, put back from a checkpoint, saved to one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from visalign.training.before.options import DTYPES, CommonConfig, alpha_of
 from visalign.training.before.preflight import Plan
 from visalign.training.policy import Average, Policy, check_same_names, load_lora
 from visalign.training.run import checkpoint as ckpt
-from visalign.training.run.folder import WATCH, Run
+from visalign.training.run.folder import WATCH, Run, check_writable, lock_folder, new_folder, release_folder
 from visalign.training.watch.hacking import MonitorOptions
 from visalign.training.watch.monitor import Monitor
 from visalign.transitions import sampler_of
@@ -258,8 +259,30 @@ def stopping(run: Run, accelerator: Accelerator) -> bool:
     return bool(strongest)
 
 
-def same_on_all(folder: Path) -> Path:
-    """The main process's run folder, on every process."""
-    names = [str(folder)]
-    broadcast_object_list(names)
-    return Path(names[0])
+@contextmanager
+def claimed(plan: Plan, accelerator: Accelerator) -> Iterator[None]:
+    """Within, the run folder is this run's alone; `plan.folder` is the main process's, on every process.
+
+    A folder whose name nobody gave is made anew: where it is taken by a run of the same second, with a number.
+
+    Raises:
+        ValueError: another process is at work there, or has left a run there meanwhile; on every process.
+    """
+    lock, said = None, ["", ""]
+    if accelerator.is_main_process:
+        try:
+            plan.folder = plan.folder if plan.named else new_folder(plan.folder)
+            lock = lock_folder(plan.folder)
+            check_writable(plan.folder, plan.resume is not None)
+        except (ValueError, OSError) as error:
+            said[1] = str(error)
+        said[0] = str(plan.folder)
+    try:
+        broadcast_object_list(said)
+        if said[1]:
+            raise ValueError(said[1])
+        plan.folder = Path(said[0])
+        yield
+    finally:
+        if lock is not None:
+            release_folder(plan.folder, lock)

@@ -8,6 +8,7 @@ class MyTrainer(Trainer):
 train(MyTrainer, MyConfig(steps=100))
 """
 
+import signal
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -87,6 +88,11 @@ def check_trainer(where: str, trainer: Any) -> None:
 
 def train(trainer_class: type[Trainer], cfg: Any) -> Path:
     """Train; returns the run folder."""
+    return _train(trainer_class, cfg)[0]
+
+
+def _train(trainer_class: type[Trainer], cfg: Any) -> tuple[Path, str | None]:
+    """The run folder, and the signal that ended the run before its last step, if one did."""
     plan = trainer_class.plan(cfg)
     inputs, component = trainer_class.inputs, trainer_class.component(cfg)
     with open_training(
@@ -96,21 +102,24 @@ def train(trainer_class: type[Trainer], cfg: Any) -> Path:
         for step in loop.steps():
             loop.end_step(trainer.iteration(step))
         trainer.finish()
-    return plan.folder
+    return plan.folder, loop.interrupted
 
 
 def launch(trainer_class: type[Trainer], argv: list[str] | None = None) -> None:
     """A trainer's command line: its options, then the training. The first paragraph of its module describes it.
 
-    A mistake, or a failed reward, ends with one line on stderr and exit status 2.
+    A mistake, or a failed reward, ends with one line on stderr and exit status 2. A run that a signal ended before its
+    last step ends with 128 + its number (SIGTERM: 143, Ctrl-C: 130): saved, and unfinished.
     """
     name, text = trainer_class.name, sys.modules[trainer_class.__module__].__doc__ or ""
     cfg = parse_config(trainer_class.config, argv, prog=name, description=text.split("\n\n")[0])
     try:
-        train(trainer_class, cfg)
+        interrupted = _train(trainer_class, cfg)[1]
     except (ValueError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{name}: stopped at once; the last checkpoint is whole, go on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
+    if interrupted:
+        raise SystemExit(128 + signal.Signals[interrupted])

@@ -19,6 +19,7 @@ from visalign.training.before import preflight
 from visalign.training.before.config import save_config
 from visalign.training.policy import scaled_change
 from visalign.training.run import outcome
+from visalign.training.run.checkpoint import clean
 from visalign.training.run.folder import WATCH, Run
 from visalign.training.watch.watching import roll_back, watch, watch_evaluation
 
@@ -67,6 +68,7 @@ class TrainingLoop:
         """The iterations that are left, between the evaluation before and the one after."""
         cfg, run, state = self.cfg, self.run, self.state
         if self.accelerator.is_main_process:
+            clean(self.plan.folder / "checkpoints")
             save_config(replace(cfg, resume=None), self.plan.folder / "config.yaml")
         outcome.announce(run, cfg, self.plan, state)
         if state.before is None:
@@ -85,6 +87,12 @@ class TrainingLoop:
                 if self._ended or run.stopping == WATCH and cfg.monitor == "rollback":
                     roll_back(run, state)
                 outcome.finish(run, cfg, self.plan, state, self._evaluate(), self._weights())
+
+    @property
+    def interrupted(self) -> str | None:
+        """The signal that ended the run before its last step."""
+        left = self.state.step < self.cfg.steps and not self._ended
+        return self.run.stopping if left and self.run.stopping != WATCH else None
 
     def groups(
         self, step: int, size: int, updates: int = 1, same_latents: bool = False
@@ -171,14 +179,14 @@ def open_training(
     """
     accelerator = Accelerator()
     preflight.check_shares(prompts_per_update, accelerator)
-    plan.folder = setup.same_on_all(plan.folder)
-    state = setup.build(cfg, plan, accelerator, inputs, component)
-    run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=state.step)
-    try:
-        yield TrainingLoop(cfg, plan, accelerator, state, run)
-    finally:
-        state.scorer.close()
-        run.close()
+    with setup.claimed(plan, accelerator):
+        state = setup.build(cfg, plan, accelerator, inputs, component)
+        run = Run(plan.folder, main=accelerator.is_main_process, total=cfg.steps, done=state.step)
+        try:
+            yield TrainingLoop(cfg, plan, accelerator, state, run)
+        finally:
+            state.scorer.close()
+            run.close()
     accelerator.end_training()
 
 

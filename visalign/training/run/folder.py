@@ -1,9 +1,11 @@
 """A run's folder and its instruments: metrics, tensorboard, pictures, stage timers, progress, being told to stop."""
 
+import itertools
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -13,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from visalign.files import write_whole
 
 from .checkpoint import checkpoints
 
@@ -42,6 +47,42 @@ def check_writable(folder: Path, resume: bool, argument: str = "run_dir") -> Non
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{argument}: got {str(folder)!r}, which cannot be written ({error.strerror})") from None
+
+
+def new_folder(folder: Path) -> Path:
+    """`folder`, made; where it exists already, its name with a number."""
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """A held lock on a run folder, which is made if need be; the system lets go of it when the process ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"run_dir: got {str(folder)!r}, where another process is training; wait for it, or choose another run_dir"
+        ) from None
+    return lock
+
+
+def release_folder(folder: Path, lock: FileLock) -> None:
+    """Let go of a folder; where nothing was put into it, it goes."""
+    lock.release()
+    if [path.name for path in folder.iterdir()] in ([], [".lock"]):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Run:
@@ -144,19 +185,19 @@ class Run:
         if not path.exists():
             return
         latest = {line["step"]: line for line in reversed(read_metrics(path)) if done and line["step"] <= done}
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in reversed(latest.values())))
-        os.replace(partial, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in reversed(latest.values())))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl."""
+    """The whole lines of a metrics.jsonl: those that hold a step."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").split("\n"):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            values = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            lines.append(values)
     return lines
 
 
