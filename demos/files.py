@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from visalign.images import read_picture as read_any
 from visalign.search.session import write_json
 
 from .settings import MAX_PIXELS, MAX_UPLOAD
@@ -34,24 +34,9 @@ def decode_upload(path: str | Path) -> Image.Image:
     if path.stat().st_size > MAX_UPLOAD:
         raise ValueError(f"{name}: got {path.stat().st_size:,} bytes, expected at most {MAX_UPLOAD:,}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{name}: got {image.width} x {image.height} pixels, expected at most 4096 x 4096")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                    clear = upright.convert("RGBA")
-                    white = Image.new("RGBA", clear.size, "white")
-                    return Image.alpha_composite(white, clear).convert("RGB")
-                return upright.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: is no PNG, JPEG or WebP picture") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{name}: got more pixels than 4096 x 4096") from None
-    except (OSError, SyntaxError, EOFError, MemoryError) as error:
-        raise ValueError(f"{name}: is broken ({' '.join(str(error).split())[:100]})") from None
+        return read_any(path, FORMATS, MAX_PIXELS)
+    except ValueError as error:  # a file's name alone: where the server keeps it is nobody's business
+        raise ValueError(f"{name}: {str(error).partition(': ')[2]}") from None
 
 
 # Run folders ----------------------------------------------------------------------------------------------------------

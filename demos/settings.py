@@ -48,6 +48,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         from visalign.rewards.urls import is_loopback  # takes seconds to import
+        from visalign.training.run.folder import check_writable
 
         if (self.user is None) != (self.password is None):
             raise ValueError("user: got a user or a password without the other, expected both or neither")
@@ -60,6 +61,7 @@ class Settings:
             folder = getattr(self, name)
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"{name}: got {str(folder)!r}, a file, expected a folder")
+        check_writable(self.out, resume=True, argument="out")
 
     @property
     def shapes(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from visalign.files import read_yaml
 from visalign.locations import check_location, load_location, module_files
 from visalign.names import unknown_name
 
@@ -111,15 +112,10 @@ def _texts(value: Any) -> list[str]:
 
 
 def _read_yaml(path: str) -> RewardSpec:
-    import yaml
-
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"spec: got {path!r}, but there is no such file (looked from {Path.cwd()})")
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"spec: {path!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    return read_yaml(file, "spec")
 
 
 def _read_sum(text: str) -> list[Term]:

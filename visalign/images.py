@@ -1,13 +1,19 @@
 """The one place where pictures change form: float images (N, 3, H, W) in [0, 1], PIL, uint8 arrays (N, H, W, 3)."""
 
+import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # that are read; others may run programs, or hold none
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 8192 * 8192
 TOLERANCE = 1e-3  # how far a pixel may lie outside [0, 1]: rounding of half-precision decoders
 
 
@@ -117,3 +123,55 @@ def pil_to_images(pictures: Sequence[Image.Image]) -> Tensor:
                 f"pictures: got sizes {pictures[0].size} at 0 and {picture.size} at {n}, expected one size"
             )
     return numpy_to_images(np.stack([np.asarray(picture) for picture in pictures]))
+
+
+def read_picture(
+    source: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS, most_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """A picture file as RGB: upright, 16 bits scaled to 8, on white where it is transparent; the first of several.
+
+    The one reader for pictures of others: prompt sets, data, scoring, the server and the page see the same pixels.
+
+    Raises:
+        ValueError: no picture of these formats, too many pixels (told before they are decoded), or a broken file.
+    """
+    name = str(source)[-80:] if isinstance(source, (str, Path)) else "picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source, formats=formats) as image:
+                if image.width * image.height > most_pixels:
+                    got = f"{image.width} x {image.height} pixels"
+                    raise ValueError(f"{name}: got {got}, expected at most {most_pixels:,} in all")
+                image.load()
+                return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: is no picture of {', '.join(formats)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{name}: got more pixels than {most_pixels:,}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{name}: there is no such file") from None
+    except (OSError, SyntaxError, EOFError, MemoryError) as error:
+        raise ValueError(f"{name}: is broken ({' '.join(str(error).split())[:100]})") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of floats in [0, 1], as grey of 8; PIL's own conversion would clip it."""
+    if image.mode == "F":
+        return Image.fromarray((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    return image.convert("RGB")
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The picture files of a folder, in natural order (frame_2 before frame_10), without hidden and other files."""
+    files = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    return sorted(files, key=lambda p: [int(t) if t.isdigit() else t.lower() for t in re.split(r"(\d+)", p.name)])

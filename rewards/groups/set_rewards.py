@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.images import check_images
+from visalign.images import check_images, picture_files, pil_to_images, read_picture
 from visalign.locations import load_callable
 from visalign.rewards.base import Context, RewardError, RewardOutput, register_reward
 from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_options
@@ -16,7 +16,6 @@ from visalign.rewards.embedding.encoder import SHIPPED, ClipEncoder, check_clip_
 from .sets import frechet_distance, leave_one_out, moments, vendi_score
 
 Encoder = str | Callable[[Tensor], Tensor]
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class _SetReward:
@@ -174,12 +173,8 @@ def _files(folder: str) -> list[Path]:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"exemplars: got {folder!r}, which is no folder")
-    return sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+    return picture_files(path)
 
 
 def _read_folder(folder: str) -> list[Tensor]:
-    from PIL import Image
-
-    from visalign.images import pil_to_images
-
-    return [pil_to_images([Image.open(file).convert("RGB")])[0] for file in _files(folder)]
+    return [pil_to_images([read_picture(file)])[0] for file in _files(folder)]

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from visalign.files import read_yaml
 from visalign.names import unknown_name
 
 FOLDER = Path(__file__).parents[1] / "rubrics"  # those that come with the project
@@ -93,11 +93,7 @@ def load_rubric(source: str | Path | Mapping[str, Any]) -> Rubric:
     path = shipped.get(str(source), Path(source).expanduser())
     if not path.is_file():
         raise unknown_name("rubric", str(source), [*shipped, "a file's path"])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"rubric {str(path)!r}: no YAML: {' '.join(str(error).split())}") from error
-    return _read_rubric(content, f"rubric {str(path)!r}")
+    return _read_rubric(read_yaml(path, "rubric"), f"rubric {str(path)!r}")
 
 
 def _read_rubric(content: Any, where: str) -> Rubric:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from visalign.files import read_yaml
 from visalign.images import check_images
 from visalign.rewards.base import Context, RewardOutput, check_prompts, register_reward
 from visalign.rewards.groups.candidates import group_places, picture_digest, shown_order
@@ -60,8 +61,8 @@ def load_auto_rubric(path: str | Path) -> AutoRubric:
     if not file.is_file():
         raise ValueError(f"rubric: got {str(path)!r}, which is no file")
     try:
-        return AutoRubric(read_themes(yaml.safe_load(file.read_text(encoding="utf-8"))))
-    except (yaml.YAMLError, Unreadable) as error:
+        return AutoRubric(read_themes(read_yaml(file, "rubric")))
+    except Unreadable as error:
         raise ValueError(f"rubric: could not read {str(path)!r}: {' '.join(str(error).split())}") from error
 
 

@@ -56,10 +56,24 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
     assert pictures[0] != pictures[1]
 
 
+SEARCH = ["generate", "x", "--search", "best-of-n", "--reward", "gold"]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
         (["generate", "x", "--model", "none"], f"generate: model: got 'none', expected one of {sorted(MODELS)}"),
+        (["generate", ""], "prompt: got an empty one"),
+        (["generate", "x", "--guidance", "nan"], "guidance: got nan, expected a finite number"),
+        (["generate", "x", "--steps", "0"], "steps: got 0, expected 1 .. 1000"),
+        ([*SEARCH, "--option", "batch_size=4"], "option of 'best-of-n': got 'batch_size', expected one of"),
+        ([*SEARCH, "--option", "out=x"], "option of 'best-of-n': got 'out'"),
+        ([*SEARCH, "--option", "context=5"], "option of 'best-of-n': got 'context'"),
+        ([*SEARCH, "--option", "inputs=[1]"], "option of 'best-of-n': got 'inputs'"),
+        ([*SEARCH, "--option", "ensemble=maybe"], "ensemble: got 'maybe', expected bool"),
+        (["serve", "--reward", "gold", "--port", "99999"], "port: got 99999, expected 0 .. 65535"),
+        (["score", "x.eps", "--prompt", "x", "--reward", "gold"], "images: x.eps: there is no such file"),
+        (["demo", "--out", "/proc/none/there"], "out: got '/proc/none/there', which cannot be written"),
         (["generate", "x", "--count", "0"], "count: got 0, expected >= 1"),
         (["generate", "x", "--lora", "none"], "lora: got 'none', which holds no .safetensors file"),
         (["generate", "x", "--out", "file"], "out: got 'file', a file, expected a folder"),
@@ -72,7 +86,7 @@ def test_a_run_can_be_trained_and_its_lora_drawn_with(capsys, options, tmp_path)
         (["generate", "x", "--batch-size", "0"], "batch_size: got 0"),
         (["generate", "x", "--option", "tilt"], "option: got 'tilt', expected NAME=VALUE"),
         (["score", "none.png", "--prompt", "x", "--reward", "gold"], "none.png"),
-        (["score", "file", "--prompt", "x", "--reward", "gold"], "images: got 'file', which is no picture"),
+        (["score", "file", "--prompt", "x", "--reward", "gold"], "images: file: is no picture of PNG"),
         (["score", "file", "--prompt", "x", "--reward", "golden"], "did you mean 'gold'?"),
         (["demo", "--host", "0.0.0.0"], "demo: user: got none with --host 0.0.0.0, expected --user"),
         (["demo", "--out", "file"], "out: got 'file', a file, expected a folder"),

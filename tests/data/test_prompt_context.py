@@ -1,6 +1,7 @@
 """Prompt sets with metadata and references: what is read, what is refused, what reaches a reward."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -78,3 +79,43 @@ def test_lines_that_mean_nothing_are_refused_by_number(tmp_path, line, says):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n' + line + "\n")
     with pytest.raises(ValueError, match=says):
         read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_prompt_is_what_stands_in_its_line(tmp_path):
+    odd = "a\u2028b \u0085 c\x0bd\x0ce"
+    (tmp_path / "a.txt").write_bytes(f"\ufefffirst\r\n{odd}\r\n# no\nlast".encode())
+    assert read_prompts(tmp_path / "a.txt") == ["first", odd, "last"]
+    lines = [json.dumps({"prompt": odd}, ensure_ascii=False), json.dumps({"prompt": "b"})]
+    (tmp_path / "a.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert read_prompts(tmp_path / "a.jsonl") == [odd, "b"]
+
+
+def test_tables_and_lists_are_read_as_what_they_are(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeffid,Prompt\r\n1,"a ""red"", round\nthing"\r\n2,b\r\n3,\r\n'.encode())
+    assert read_prompts(tmp_path / "a.csv") == ['a "red", round thing', "b"]
+    (tmp_path / "a.tsv").write_text("caption\tn\na cat\t1\n")
+    assert read_prompts(tmp_path / "a.tsv") == ["a cat"]
+    (tmp_path / "a.json").write_text(json.dumps(["a cat", {"prompt": "a dog", "tag": 1}]))
+    assert read_prompts(tmp_path / "a.json") == ["a cat", "a dog"]
+    assert PromptContext.of_files(str(tmp_path / "a.json"))(["a dog"]) == {"metadata": [{"tag": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "a red circle\na cat\n", "with columns ['a red circle'], expected one of them called"),
+        ("a.json", '{"prompt": "x"}', "which holds a dict, expected a list"),
+        ("a.json", "[1]", "entry 1 of .* expected an object with a text 'prompt'"),
+        ("a.json", "[", "is not JSON"),
+        ("a.jsonl", "\n\n \n", "which holds no prompt"),
+        ("a.jsonl", "[" * 5000, "is nested too deep"),
+        ("a.jsonl", '{"prompt": "x", "references": [1]}', r"got \[1\] as 'references', expected a list of paths"),
+        ("a.txt", "\ufeff\n", "which holds no prompt"),
+    ],
+)
+def test_prompt_files_that_are_something_else_are_refused_in_one_line(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    says = says if "\\" in says or ".*" in says else re.escape(says)
+    with pytest.raises(ValueError, match=f"^prompts: .*{says}") as caught:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(caught.value)

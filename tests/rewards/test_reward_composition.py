@@ -270,7 +270,7 @@ def test_a_bad_mix_is_one_clear_line_before_anything_loads(spec, says):
 def test_broken_yaml_is_named(tmp_path):
     path = tmp_path / "mix.yaml"
     path.write_text("rewards: [clip\ncombine: }")
-    with pytest.raises(ValueError, match=f"spec: '{path}' is not valid YAML") as error:
+    with pytest.raises(ValueError, match=f"spec: '{path}': is not YAML") as error:
         parse_spec(str(path))
     assert "\n" not in str(error.value)
 

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from visalign.pipeline.generator import Generator
 from visalign.trainers import flow_grpo
+from visalign.trainers.flow_grpo import Config
 from visalign.training.before import preflight
+from visalign.training.before.config import parse_config
 from visalign.training.run.checkpoint import save_checkpoint
 from visalign.worlds import MODELS
 
@@ -70,12 +72,49 @@ def cli(options, tmp_path, monkeypatch, capsys):
         (dict(solver="dpm2m"), "solver: got 'dpm2m' with window 'all'"),
         (dict(lora="none", lora_rank=0), "lora: got 'none' with lora_rank 0"),
         (dict(lora="none"), "lora: got 'none', which holds no .safetensors file"),
-        (dict(resume="none"), "resume: got 'none', which holds no checkpoint"),
+        (dict(resume="none"), "resume: got 'none', which holds no whole checkpoint"),
+        (dict(height=-1), "height: got -1, expected within 8 .. 16384"),
+        (dict(width=0), "width: got 0, expected within 8 .. 16384"),
+        (dict(height=10**20), f"height: got {10**20}, expected at most 1,000,000,000"),
+        (dict(lora_alpha=".inf"), "lora_alpha: got inf, expected a finite number"),
+        (dict(lora_alpha=0), "lora_alpha: got 0"),
+        (dict(lora_rank=10**20), f"lora_rank: got {10**20}, expected at most"),
+        (dict(lora_rank=9000), "lora_rank: got 9000, expected 0 .. 8192"),
+        (dict(guidance_scale=".nan"), "guidance_scale: got nan, expected a finite number"),
+        (dict(guidance_scale=-1), "guidance_scale: got -1"),
+        (dict(kl_weight=".nan"), "kl_weight: got nan, expected a finite number"),
+        (dict(learning_rate=".inf"), "learning_rate: got inf, expected a finite number"),
+        (dict(eval_count=10**20), f"eval_count: got {10**20}, expected at most"),
+        (dict(kl_weight="nan"), "kl_weight: got 'nan', expected float"),
+        (dict(lora_alpha="inf"), "lora_alpha: got 'inf', expected float or null"),
+        (dict(steps="1:30"), "steps: got '1:30', expected int"),
+        (dict(seed=10**20), f"seed: got {10**20}, expected a number of 64 bits"),
         (dict(run_dir="/proc/none/run"), "run_dir: got '/proc/none/run', which cannot be written"),
     ],
 )
 def test_wrong_values(cli, changes, message):
     assert message in cli(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("steps: 3\nsteps: 4", "the key 'steps' stands twice"),
+        ("steps: 1:30", "steps: got '1:30', expected"),
+        ("steps: " + "[" * 3000, "is nested too deep"),
+        ("reward: clip\nreward: clip\n", "stands twice"),
+    ],
+)
+def test_a_config_file_that_says_something_twice_or_otherwise_than_it_seems(cli, tmp_path, text, says):
+    (tmp_path / "odd.yaml").write_text(text)
+    assert says in cli(config=str(tmp_path / "odd.yaml"))
+
+
+def test_numbers_of_a_config_file_are_those_of_yaml_1_2(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 010\nlearning_rate: 3e-4\nreward: no\n")
+    argv = ["--config", str(tmp_path / "a.yaml"), "--seed", "3"]
+    cfg = parse_config(Config, argv, prog="flow_grpo", description="")
+    assert (cfg.steps, cfg.learning_rate, cfg.reward, cfg.seed) == (10, 3e-4, "no", 3)
 
 
 def test_unusable_prompt_files(cli, tmp_path, world_files):
@@ -123,7 +162,7 @@ def test_a_corrupted_checkpoint(cli, tmp_path):
     (path / "state.json").write_text("{")
     assert "is damaged" in cli(resume=str(path))
     shutil.rmtree(path)
-    assert "holds no checkpoint" in cli(resume=str(tmp_path / "run"))
+    assert "holds no whole checkpoint" in cli(resume=str(tmp_path / "run"))
 
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"

@@ -1,6 +1,7 @@
 """Pictures of prompts, drawn plainly or searched for: the work of `visalign generate`."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visalign.images import images_to_pil
+from visalign.names import unknown_name
 from visalign.pipeline.generator import Generator
 from visalign.rewards import Scores, make_reward, parse_spec, score
 from visalign.sampling.rollout import rollout
@@ -60,13 +62,24 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option.
     """
+    for prompt in arguments.prompt:
+        if not prompt.strip():
+            raise ValueError("prompt: got an empty one, expected words")
+    if arguments.guidance is not None and not (math.isfinite(arguments.guidance) and arguments.guidance >= 0):
+        raise ValueError(f"guidance: got {arguments.guidance}, expected a finite number >= 0")
+    if arguments.steps is not None and not 1 <= arguments.steps <= 1000:
+        raise ValueError(f"steps: got {arguments.steps}, expected 1 .. 1000")
     if arguments.search is None:
         given = {name: getattr(arguments, name) for name in ("budget", "transition", "option", "render_steps")}
         for name, value in given.items():
             if value:
                 raise ValueError(f"{name}: got {value!r} without --search, expected one of {sorted(METHODS)} with it")
     else:
-        find_method(arguments.search)
+        method = find_method(arguments.search)
+        for name in arguments.option:  # the others have options of their own, or belong to Python
+            if name not in method.options:
+                raise unknown_name(f"option of {arguments.search!r}", name, method.options)
+        method.check(arguments.search, arguments.option)
         if arguments.reward is None:
             raise ValueError("reward: got none, expected what the search is for, e.g. --reward clip")
         if arguments.count != 1:

@@ -13,9 +13,8 @@ def add_options(score: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print each picture's score, and those of the reward's members."""
     import torch
-    from PIL import Image, UnidentifiedImageError
 
-    from visalign.images import pil_to_images
+    from visalign.images import pil_to_images, read_picture
     from visalign.rewards import make_reward, parse_spec, score
 
     from .drawing import told
@@ -24,9 +23,9 @@ def run(arguments: argparse.Namespace) -> None:
     images = []
     for path in arguments.images:
         try:
-            images.append(pil_to_images([Image.open(path)])[0])
-        except UnidentifiedImageError:
-            raise ValueError(f"images: got {str(path)!r}, which is no picture") from None
+            images.append(pil_to_images([read_picture(path)])[0])
+        except ValueError as error:
+            raise ValueError(f"images: {error}") from None
     reward = make_reward(arguments.reward)
     for path, image in zip(arguments.images, images):
         with torch.no_grad():

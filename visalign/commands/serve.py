@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
         from visalign.serving.server import Limits, make_app, open_socket, serve
     except ImportError as error:
         raise ValueError(f"{error}; the server needs the packages of pip install 'visalign[remote]'") from None
+    if not 0 <= arguments.port <= 65535:
+        raise ValueError(f"port: got {arguments.port}, expected 0 .. 65535")
     options = dict(read_option(text) for text in arguments.option)
     limits = Limits(max_bytes=arguments.max_bytes, max_batch=arguments.max_batch)
     token = arguments.token or os.environ.get("VISALIGN_TOKEN") or None

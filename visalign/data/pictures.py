@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from visalign.images import numpy_to_images
+from visalign.files import read_lines
+from visalign.images import numpy_to_images, picture_files, read_picture
 from visalign.worlds import WORLDS, world
 
 KEYS = ("file_name", "text", "condition", "labels")
@@ -67,7 +68,7 @@ class PictureFolder:
         if not file.is_file():
             raise ValueError(f"data: got {str(folder)!r}, expected 'shapes' or a folder with metadata.jsonl")
         self.rows: list[dict[str, str]] = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(file), 1):
             if line.strip():
                 self.rows.append(self._read(line, f"{file}, line {number}"))
         if len(self.rows) < 2:
@@ -120,12 +121,15 @@ class PictureFolder:
     def _picture(self, name: str, size: tuple[int, int]) -> Tensor:
         path = self.folder / name
         if path.is_dir():
-            return torch.stack([_read_image(p, size) for p in sorted(path.iterdir())])
+            frames = picture_files(path)
+            if not frames:
+                raise ValueError(f"data: got no pictures in {str(path)!r}, expected the frames of a video")
+            return torch.stack([_read_image(p, size) for p in frames])
         return _read_image(path, size)
 
     def _labels(self, name: str, size: tuple[int, int]) -> Tensor:
         with Image.open(self.folder / name) as image:
-            resized = _crop(image.convert("L"), size, Image.Resampling.NEAREST)
+            resized = _crop(ImageOps.exif_transpose(image).convert("L"), size, Image.Resampling.NEAREST)
         return torch.from_numpy(np.asarray(resized).copy()).long()
 
 
@@ -136,9 +140,8 @@ def open_pictures(data: str) -> Pictures:
 
 def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        with Image.open(path) as image:
-            picture = _crop(image.convert("RGB"), size, Image.Resampling.BICUBIC)
-    except OSError as error:
+        picture = _crop(read_picture(path), size, Image.Resampling.BICUBIC)
+    except ValueError as error:
         raise ValueError(f"data: could not read {str(path)!r} ({error})") from None
     return numpy_to_images(np.asarray(picture)[None])[0]
 

@@ -1,5 +1,6 @@
 """Prompts: reading sets, and the sampler of groups, which is the same for any number of processes."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import TypeVar
 
 import torch
 
+from visalign.files import read_lines
 from visalign.sampling.seeds import derived_seed
 
 from .prompt_context import read_entries
 
+COLUMNS = ("prompt", "caption", "text")
 G = TypeVar("G")
 
 
@@ -31,7 +34,8 @@ class Group:
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines and lines that begin with # are left out.
 
-    A .jsonl file holds one object a line, with metadata and references beside the prompt; see `read_entries`.
+    A .jsonl file holds one object a line, a .json file a list of them, with metadata and references beside the prompt;
+    see `read_entries`. A .csv or .tsv file has a column "prompt", "caption" or "text".
 
     Raises:
         ValueError: no such file, a folder, not text, or no prompt in it.
@@ -42,15 +46,29 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"prompts: got {str(path)!r}, which does not exist, expected a text file")
     try:
-        if path.suffix == ".jsonl":
-            return [entry["prompt"] for entry in read_entries(path)]
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.suffix in (".jsonl", ".json"):
+            prompts = [entry["prompt"] for entry in read_entries(path)]
+        elif path.suffix in (".csv", ".tsv"):
+            prompts = _column(path)
+        else:
+            lines = [line.strip() for line in read_lines(path)]
+            prompts = [line for line in lines if line and not line.startswith("#")]
     except UnicodeDecodeError:
         raise ValueError(f"prompts: got {str(path)!r}, which is not UTF-8 text") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"prompts: got {str(path)!r}, which holds no prompt, expected one a line")
     return prompts
+
+
+def _column(path: Path) -> list[str]:
+    """The prompts of a table with a header."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        names = [name for name in table.fieldnames or () if name and name.strip().lower() in COLUMNS]
+        if len(names) != 1:
+            got = [name for name in table.fieldnames or ()]
+            raise ValueError(f"prompts: got {str(path)!r} with columns {got}, expected one of them called {COLUMNS}")
+        return [text for row in table if (text := " ".join((row[names[0]] or "").split()))]
 
 
 def overlap(train: Sequence[str], test: Sequence[str]) -> list[str]:

@@ -98,14 +98,15 @@ def _share(work: Sequence[T], state: PartialState) -> Sequence[T]:
 
 def _say(state: PartialState, text: str) -> None:
     if state.is_main_process:
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
 def _progress(state: PartialState, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """A bar of the main process's share, on a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    title_column, note_column = (TextColumn(t, markup=False) for t in ("{task.description}", "{task.fields[note]}"))
+    columns = (title_column, BarColumn(), MofNCompleteColumn(), note_column)
     show = state.is_main_process and console.is_terminal and total > 0
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as progress:
         task = progress.add_task(title, total=total, note="")

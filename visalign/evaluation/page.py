@@ -137,6 +137,11 @@ def _embed(picture: np.ndarray) -> str:
 
 def _figure(record: dict[str, Any]) -> str:
     """The means with their intervals, a panel a reward, a line a contestant."""
+    with plt.rc_context({"text.parse_math": False}):
+        return _draw_means(record)
+
+
+def _draw_means(record: dict[str, Any]) -> str:
     rewards = [reward["label"] for reward in record["rewards"]]
     labels = [contestant["label"] for contestant in record["contestants"]]
     rows = -(-len(rewards) // 3)

@@ -10,8 +10,8 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from visalign.files import read_yaml
 from visalign.rewards import parse_spec
 from visalign.statistics.bootstrap import Interval, paired_interval
 
@@ -174,8 +174,8 @@ def trained_for(lora: str | None) -> str | None:
     folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
     file = folder.resolve().parent / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(file, "config")
+    except ValueError:
         return None
     reward = config.get("reward") if isinstance(config, dict) else None
     return reward if isinstance(reward, str) else None

@@ -102,7 +102,11 @@ def _render(chain: Chain, model: Any, number: int, out: Path) -> dict[str, Any]:
 def follow(events: Iterable[Event], chain: Chain, label: str, stopped: list[int], trace: Trace) -> None:
     """Show a search's progress until it ends or is stopped; each event with a result is added to the trace."""
     results = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} calls"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} calls"),
+    )
     clock = (TextColumn("best {task.fields[best]}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *clock, console=Console(stderr=True)) as progress:
         task = progress.add_task(label[:40], total=chain.ledger.max_nfe, best="-")
@@ -131,12 +135,19 @@ def _record(chain: Chain, prompt: str, trace: Trace, stopped: bool, number: int,
 
 
 def plot_traces(records: list[dict[str, Any]], path: Path) -> None:
-    """Best reward over denoiser calls, a line a prompt."""
+    """Best reward over denoiser calls, a line a prompt, whose words are taken as they are."""
+    with plt.rc_context({"text.parse_math": False}):
+        _plot_traces(records, path)
+
+
+def _plot_traces(records: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 4))
     for record in records:
         if record["trace"]:
             spent, best, _ = zip(*record["trace"])
-            axis.step(spent, best, where="post", marker="." if len(spent) < 60 else None, label=record["prompt"][:50])
+            axis.step(
+                spent, best, where="post", marker="." if len(spent) < 60 else None, label=f" {record['prompt'][:50]}"
+            )
     axis.set_xlabel("denoiser calls (NFE)")
     axis.set_ylabel("best reward so far")
     axis.grid(alpha=0.3)

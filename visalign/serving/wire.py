@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visalign.images import pil_to_images
+from visalign.images import pil_to_images, read_picture
 from visalign.rewards.base import RewardOutput
 
 DTYPES = ("float16", "float32", "float64", "uint8", "int32", "int64", "bool")
-MAX_SIDE = 16384  # of a compressed picture, which may be far larger than the file it comes in
+MAX_PIXELS = 4096 * 4096  # of a compressed picture, which may be far larger than the file it comes in
 NPY = b"\x93NUMPY"
 
 
@@ -58,16 +58,10 @@ def file_to_tensor(data: bytes) -> Tensor:
     """A .npy file as it is; a PNG or JPEG in RGB as a picture (3, H, W), float32 in [0, 1]."""
     if data.startswith(NPY):
         return npy_to_tensor(data)
-    from PIL import Image
-
     try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        if max(picture.size) > MAX_SIDE:
-            raise ValueError(f"got {picture.size} pixels, expected sides <= {MAX_SIDE}")
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return pil_to_images([read_picture(io.BytesIO(data), ("PNG", "JPEG"), MAX_PIXELS)])[0]
+    except ValueError as error:
         raise ValueError(f"picture: got no readable .npy, PNG or JPEG file ({str(error)[:200]})") from None
-    return pil_to_images([picture])[0]
 
 
 def pack(value: Any, parts: dict[str, bytes], place: str = "value") -> Any:

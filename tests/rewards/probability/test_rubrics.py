@@ -129,7 +129,7 @@ def test_a_rubric_that_cannot_work_is_refused(content, message):
 
 def test_broken_yaml_is_named_with_its_file(tmp_path):
     (tmp_path / "r.yaml").write_text("criteria: [")
-    with pytest.raises(ValueError, match="r.yaml.*no YAML"):
+    with pytest.raises(ValueError, match="r.yaml.*is not YAML"):
         load_rubric(tmp_path / "r.yaml")
 
 

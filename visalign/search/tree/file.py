@@ -35,6 +35,8 @@ class TreeFile:
     def __init__(
         self, chain: Chain, method: str, folder: str | Path | None, save_every: int, free: dict[str, Any]
     ) -> None:
+        if folder is not None and not isinstance(folder, (str, Path)):
+            raise ValueError(f"folder: got {folder!r}, expected a path")
         if save_every < 1:
             raise ValueError(f"save_every: got {save_every}, expected >= 1")
         self.chain, self.folder, self.every, self.free = (

@@ -1,7 +1,8 @@
 """Options that every trainer has, checked as soon as they are given."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +13,7 @@ FREE_ON_RESUME = (
     *("score_threads", "monitor"),
     *("batch_size", "attention", "compile", "gradient_checkpointing", "release_text_encoders"),
 )
+MOST_PIXELS, MOST, SEEDS = 16384, 10**9, ("seed", "eval_seed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,6 +66,16 @@ class CommonConfig:
     keep: int = 2  # newest checkpoints kept, beside the best and the last
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None and not 8 <= getattr(self, name) <= MOST_PIXELS:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected within 8 .. {MOST_PIXELS} pixels")
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, expected >= 0")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected > 0")
+        if self.lora_rank > 8192:
+            raise ValueError(f"lora_rank: got {self.lora_rank}, expected 0 .. 8192")
         for name in ("steps", "batch_size", "learning_rate", "eval_count", "eval_during", "save_every", "keep"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
@@ -80,6 +92,23 @@ class CommonConfig:
             raise ValueError(f"lora: got {self.lora!r} with lora_rank 0, expected the rank it was trained with")
         if self.attention not in ("auto", *NAMES):
             raise ValueError(f"attention: got {self.attention!r}, expected one of {['auto', *NAMES]}")
+
+
+def check_numbers(cfg: Any) -> None:
+    """Refuse numbers among the fields of a dataclass that are not finite, or so large that they can only be slips.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for field in fields(cfg):
+        given = getattr(cfg, field.name)
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}: got {value}, expected a finite number")
+            if isinstance(value, int) and abs(value) > MOST and field.name not in SEEDS:
+                raise ValueError(f"{field.name}: got {value}, expected at most {MOST:,}")
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{field.name}: got {value}, expected a number of 64 bits")
 
 
 def alpha_of(cfg: CommonConfig) -> float:

@@ -18,7 +18,7 @@ from visalign.training.before.options import DTYPES, CommonConfig, alpha_of
 from visalign.training.before.preflight import Plan
 from visalign.training.policy import Average, Policy, check_same_names, load_lora
 from visalign.training.run import checkpoint as ckpt
-from visalign.training.run.folder import WATCH, Run, check_writable, lock_folder, new_folder, release_folder
+from visalign.training.run.folder import WATCH, Claim, Run, check_writable
 from visalign.training.watch.hacking import MonitorOptions
 from visalign.training.watch.monitor import Monitor
 from visalign.transitions import sampler_of
@@ -268,11 +268,11 @@ def claimed(plan: Plan, accelerator: Accelerator) -> Iterator[None]:
     Raises:
         ValueError: another process is at work there, or has left a run there meanwhile; on every process.
     """
-    lock, said = None, ["", ""]
+    claim, said = None, ["", ""]
     if accelerator.is_main_process:
         try:
-            plan.folder = plan.folder if plan.named else new_folder(plan.folder)
-            lock = lock_folder(plan.folder)
+            claim = Claim(plan.folder, fresh=not plan.named)
+            plan.folder = claim.folder
             check_writable(plan.folder, plan.resume is not None)
         except (ValueError, OSError) as error:
             said[1] = str(error)
@@ -284,5 +284,5 @@ def claimed(plan: Plan, accelerator: Accelerator) -> Iterator[None]:
         plan.folder = Path(said[0])
         yield
     finally:
-        if lock is not None:
-            release_folder(plan.folder, lock)
+        if claim is not None:
+            claim.release()

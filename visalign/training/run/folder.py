@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,41 @@ def check_writable(folder: Path, resume: bool, argument: str = "run_dir") -> Non
         raise ValueError(f"{argument}: got {str(folder)!r}, which cannot be written ({error.strerror})") from None
 
 
+class Claim:
+    """A run folder held by this process alone; the system lets go of it when the process ends.
+
+    Args:
+        folder: made if need be.
+        fresh: nobody gave its name: it must be new, and where it is taken, it gets a number.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+
+    def __init__(self, folder: Path, fresh: bool = False) -> None:
+        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self.folder = new_folder(folder) if fresh else folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"run_dir: got {str(folder)!r}, where another process is training; wait for it, or choose another "
+                "run_dir"
+            ) from None
+
+    def release(self) -> None:
+        """Let go; where nothing was put into the folder, it goes, with the folders above that were made for it."""
+        self._lock.release()
+        if [path.name for path in self.folder.iterdir()] not in ([], [".lock"]):
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self._missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
 def new_folder(folder: Path) -> Path:
     """`folder`, made; where it exists already, its name with a number."""
     for number in itertools.count(1):
@@ -59,30 +94,6 @@ def new_folder(folder: Path) -> Path:
         except FileExistsError:
             continue
     raise AssertionError("unreachable")
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """A held lock on a run folder, which is made if need be; the system lets go of it when the process ends.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"run_dir: got {str(folder)!r}, where another process is training; wait for it, or choose another run_dir"
-        ) from None
-    return lock
-
-
-def release_folder(folder: Path, lock: FileLock) -> None:
-    """Let go of a folder; where nothing was put into it, it goes."""
-    lock.release()
-    if [path.name for path in folder.iterdir()] in ([], [".lock"]):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Run:
@@ -104,7 +115,7 @@ class Run:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=not main or not self.console.is_terminal,
         )
@@ -124,7 +135,7 @@ class Run:
         self.say(f"{self.stopping}: finishing the step under way, then saving; once more to stop at once")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -66,6 +66,11 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
     curves = {t: names for t, names in CURVES.items() if any(n in line for line in metrics for n in names)}
     if not curves:
         return ""
+    with plt.rc_context({"text.parse_math": False}):
+        return _draw_curves(curves, metrics)
+
+
+def _draw_curves(curves: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(
         -(-len(curves) // 3), min(3, len(curves)), figsize=(11, 3 * -(-len(curves) // 3)), squeeze=False
     )
@@ -76,7 +81,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
         for name in names:
             points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
             if points:
-                axis.plot(*zip(*points), label=name, marker="." if len(points) < 12 else None)
+                axis.plot(*zip(*points), label=f" {name}", marker="." if len(points) < 12 else None)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
