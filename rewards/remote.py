@@ -17,7 +17,7 @@ from .base import CONTEXT, KINDS, Context, RewardError, RewardOutput, check_prom
 from .urls import checked_url, is_loopback
 
 PIXELS = ("float32", "uint8")
-GONE = (502, 503, 504)  # what stands before a server, or the server itself, says while it is away
+GONE = (429, 502, 503, 504)  # what stands before a server, or the server itself, says while it is away
 LONGEST_PAUSE = 5.0  # seconds between attempts
 
 
@@ -57,7 +57,7 @@ class RemoteReward:
         import httpx
 
         self.preflight({"url": url, "wait": wait, "timeout": timeout, "pixels": pixels})
-        self.url, self.wait, self.pixels = checked_url(url), wait, pixels
+        self.url, self.wait, self.timeout, self.pixels = checked_url(url), wait, timeout, pixels
         token = os.environ.get(token_variable)
         self._token_variable = token_variable
         self._closed = threading.Event()
@@ -76,12 +76,16 @@ class RemoteReward:
             )
             low, high = (float(end) for end in info["range"])
             self.range: tuple[float, float] = (low, high)
+            if not low <= high:
+                raise ValueError(f"range: got {info['range']}, expected two numbers, the lower first")
             self.needs = tuple(str(need) for need in info["needs"])
             self._spec, self._max_bytes, self._max_images = (
                 info["spec"],
                 int(info["max_bytes"]),
                 int(info["max_images"]),
             )
+            if min(self._max_bytes, self._max_images) < 1:
+                raise ValueError(f"max_bytes, max_images: got {self._max_bytes}, {self._max_images}, expected >= 1")
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(f"gave no description of a reward ({type(error).__name__}: {error})") from error
         if self.kind not in KINDS:
@@ -153,11 +157,12 @@ class RemoteReward:
         away_since, pause = None, 0.25
         while True:
             try:
-                response = self._client.request(method, self.url + path, files=files)
+                response = self._answer(method, path, files)
                 problem = f"HTTP {response.status_code}"
                 dying = response.status_code >= 500 and not _is_ours(response)  # of a server, or a proxy before it
                 if response.status_code not in GONE and not dying:
                     return self._read(response)
+                pause = max(pause, _asked_pause(response))
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             away_since = away_since or time.monotonic()  # when it was first missed: scoring may have taken long
@@ -166,6 +171,19 @@ class RemoteReward:
                 why = "closed while waiting" if self._closed.is_set() else f"not there for {self.wait:g} seconds"
                 raise self._error(f"{why} ({problem}); is `visalign serve` running there?")
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _answer(self, method: str, path: str, files: Mapping[str, Any] | None) -> Any:
+        """A whole answer; the timeout is that of the whole, also where bytes go on dripping in."""
+        import httpx
+
+        deadline, chunks = time.monotonic() + self.timeout, []
+        with self._client.stream(method, self.url + path, files=files) as response:
+            for chunk in response.iter_bytes():
+                chunks.append(chunk)
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout(f"no whole answer within {self.timeout:g} seconds")
+        head = {k: v for k, v in response.headers.items() if k not in ("content-encoding", "content-length")}
+        return httpx.Response(response.status_code, headers=head, content=b"".join(chunks))
 
     def _read(self, response: Any) -> dict[str, Any]:
         try:
@@ -187,6 +205,12 @@ class RemoteReward:
 def _is_ours(response: Any) -> bool:
     """Whether an error was said by a visalign server: it says them all in JSON."""
     return "json" in response.headers.get("content-type", "")
+
+
+def _asked_pause(response: Any) -> float:
+    """Seconds that a busy server asks to wait for (Retry-After), at most a minute; 0 where it does not."""
+    given = response.headers.get("retry-after", "")
+    return min(float(given), 60.0) if given.isdecimal() else 0.0
 
 
 def _rows(name: str, value: Any, rows: slice) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from .shaping import Transform, read_transforms
 # remote:URL[:WEIGHT]; a number straight after the host is the port
 REMOTE = re.compile(r"remote:(?P<url>https?://(\[[^]]*\]|[^:/\s]+)(:\d+(?![\d.]))?(/[^:\s]*)?)(:(?P<weight>[^:]+))?")
 TEXTS = (".py", ".yaml", ".yml", ".json", ".jsonl", ".txt")  # of files that say what a reward is; no weights
+MODULES = "VISALIGN_YAML_MODULES"  # 1: YAML files may name attributes of modules, which are called with their options
 RewardSpec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
@@ -52,7 +54,8 @@ def parse_spec(spec: RewardSpec, **options: Any) -> tuple[Term, ...]:
 
 
 def _read_spec(spec: RewardSpec, options: Mapping[str, Any]) -> tuple[tuple[Term, ...], Combine]:
-    spec = _read_yaml(spec) if isinstance(spec, str) and spec.endswith((".yaml", ".yml")) else spec
+    file = spec if isinstance(spec, str) and spec.endswith((".yaml", ".yml")) else None
+    spec = _read_yaml(file) if file else spec
     combine = Combine()
     if isinstance(spec, Mapping) and "rewards" in spec:
         combine = read_combine({key: value for key, value in spec.items() if key != "rewards"})
@@ -71,6 +74,12 @@ def _read_spec(spec: RewardSpec, options: Mapping[str, Any]) -> tuple[tuple[Term
         terms = [replace(terms[0], options={**terms[0].options, **options})]
     seen: dict[str, int] = {}
     for k, term in enumerate(terms):
+        where = term.name.rpartition(":")[0]
+        if file and where and not where.endswith(".py") and os.environ.get(MODULES) != "1":
+            raise ValueError(
+                f"spec: {file!r} names {term.name!r}, an attribute of a module; a file is data, and may name your own "
+                f"path/to/file.py:attribute. Give it on the command line, or set {MODULES}=1"
+            )
         _check_term(term)
         label = term.name.rpartition(":")[2]
         seen[label] = seen.get(label, 0) + 1

@@ -204,26 +204,25 @@ def token_log_probs(
 def read_reply(reply: Reply, yes: str, no: str, convention: str) -> tuple[float, float, str | None]:
     """Probability, log-odds and error of an endpoint's answer, from the log-probabilities of its first token.
 
-    A side that is not among the likeliest tokens counts 0 (as in PaCo-RL's code); with neither there the probability is
-    0. In the log-odds a missing side is bounded by the least likely token that came back.
+    A word's tokens with and without blanks around it are taken together, for a server decides by its template which of
+    them comes. A side that is not among the likeliest tokens counts 0 (as in PaCo-RL's code), and in the log-odds is
+    bounded by the least likely token that came back. With neither there is no answer: a preamble, or thoughts.
     """
     if reply.error is not None:
         return 0.0, 0.0, reply.error
     if not reply.tokens:
         return 0.0, 0.0, "the endpoint gave no log-probabilities"
     top = {reply.tokens[0].text: reply.tokens[0].log_prob, **reply.tokens[0].top}
-    if convention == "canonical":
-        sides = [
-            sum(math.exp(p) for token, p in top.items() if token.strip().lower() == answer.strip().lower())
-            for answer in (yes, no)
-        ]
-    else:
-        sides = [math.exp(top.get(answer, -math.inf)) for answer in (yes, no)]
+    plain: Callable[[str], str] = (lambda t: t.strip().lower()) if convention == "canonical" else str.strip
+    sides = [sum(math.exp(p) for token, p in top.items() if plain(token) == plain(a)) for a in (yes, no)]
+    if not any(sides):
+        first = reply.tokens[0].text
+        return 0.0, 0.0, f"neither {yes!r} nor {no!r} is among the likeliest first tokens (the answer begins {first!r})"
     least = math.exp(min(top.values()))
     log_odds = math.log(max(sides[0], least, 1e-30)) - math.log(max(sides[1], least, 1e-30))
     if convention == "full":
         return sides[0], log_odds, None
-    return (sides[0] / sum(sides) if sum(sides) else 0.0), log_odds, None
+    return sides[0] / sum(sides), log_odds, None
 
 
 def _tail(text: str) -> str:

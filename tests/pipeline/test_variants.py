@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from visalign.commands.drawing import sample
 from visalign.pipeline.generator import Generator
+from visalign.pipeline.lora_loading import load_lora, lora_matrices
 from visalign.pipeline.variants import Variants
 from visalign.worlds import resolve_model
 
@@ -95,3 +97,49 @@ def test_mistakes_are_named(generator, variants, folders, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(ValueError, match="a FluxTransformer2DModel, expected one of this pipeline's components"):
         variants.add("other", tmp_path)
+
+
+def renamed(folder, to, name):
+    """The LoRA of the fixture with other names for its matrices."""
+    values = load_file(str(folder / "lora" / "pytorch_lora_weights.safetensors"))
+    to.mkdir()
+    save_file({name(key): value for key, value in values.items()}, str(to / "lora.safetensors"))
+    return to
+
+
+def kohya(key):
+    head, side = key.rsplit(".lora_", 1)
+    side = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[side]
+    return "lora_unet_" + head.replace(".", "_") + "." + side
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda key: key.removeprefix("transformer."),
+        lambda key: key.replace("transformer.", "diffusion_model.blocks."),
+        lambda key: key.replace("transformer.transformer_blocks.0", "transformer.transformer_blocks.77"),
+        kohya,
+    ],
+    ids=["no prefix", "diffusion_model", "a layer it lacks", "lora_unet"],
+)
+def test_a_lora_of_which_not_all_arrives_is_refused_rather_than_drawn_without(folders, tmp_path, name):
+    """Whether a foreign layout is taken is diffusers' business; that nothing is missing is ours."""
+    pipeline = load().pipeline
+    file = next(renamed(folders, tmp_path / "other", name).iterdir())
+    try:
+        assert load_lora(pipeline, file) >= len(lora_matrices(file))
+    except ValueError as error:
+        assert str(error).startswith("lora: ") and "\n" not in str(error)
+
+
+def test_a_lora_loaded_whole_is_counted_and_other_files_are_refused(folders, tmp_path):
+    pipeline, lora = load().pipeline, folders / "lora"
+    wanted = len(lora_matrices(next(lora.iterdir())))
+    assert load_lora(pipeline, lora, "good") == wanted > 0
+    with pytest.raises(ValueError, match="of .* matrices in .* 0 came into|could not be loaded"):
+        load_lora(pipeline, renamed(folders, tmp_path / "bare", lambda key: key.removeprefix("transformer.")), "bare")
+    with pytest.raises(ValueError, match="holds no LoRA layers"):
+        load_lora(pipeline, folders / "weights")
+    with pytest.raises(ValueError, match="holds no .safetensors file"):
+        load_lora(pipeline, tmp_path / "none")

@@ -1,12 +1,15 @@
 """The server of rewards and its client, over a real connection: same scores, limits, batching, coming and going."""
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,8 +36,17 @@ from visalign.rewards import (
     score,
 )
 from visalign.rewards.remote import RemoteReward
-from visalign.serving.server import Limits, make_app, open_socket
-from visalign.serving.wire import npy_to_tensor, pack, read_output, tensor_to_npy, unpack, write_output
+from visalign.serving.batcher import Batcher
+from visalign.serving.server import Limits, describe, make_app, open_socket
+from visalign.serving.wire import (
+    npy_to_tensor,
+    pack,
+    read_output,
+    read_request,
+    tensor_to_npy,
+    unpack,
+    write_output,
+)
 from visalign.training.loop.scoring import AsyncScorer
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -448,6 +460,165 @@ def test_a_failing_reward_is_an_error_at_once_with_its_reason():
     with serving(recorder) as server, failure:
         score(RemoteReward(server.url), IMAGES[:1], ["bad"], {"fps": 1})
     assert len(recorder.calls) == 1  # not tried again: it would fail again
+
+
+def test_whatever_goes_wrong_within_a_batch_the_next_request_is_answered(monkeypatch):
+    def broken(*_):
+        raise MemoryError("no room for the batch")
+
+    with serving(brightness, linger=0.2) as server:
+        remote = RemoteReward(server.url, wait=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Batcher, "_score_all", broken)
+            with pytest.raises(RewardError, match="the server failed: MemoryError: no room for the batch"):
+                remote(IMAGES, PROMPTS)
+        torch.testing.assert_close(remote(IMAGES, PROMPTS).scores, brightness(IMAGES, PROMPTS))
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_requests_that_cannot_be_joined_are_scored_by_themselves(monkeypatch):
+    real, joined = torch.cat, []
+
+    def cat(tensors, *more):
+        if len(tensors) > 1 and tensors[0].ndim == 4:
+            joined.append(len(tensors))
+            raise RuntimeError("cannot join these")
+        return real(tensors, *more)
+
+    with serving(Recorder(pause=0.2), linger=0.2) as server:
+        remote, results = RemoteReward(server.url, wait=0), {}
+        monkeypatch.setattr("visalign.serving.batcher.torch.cat", cat)
+        threads = [
+            threading.Thread(target=lambda n=n: results.update({n: remote(IMAGES[n : n + 1], ["a"]).scores}))
+            for n in range(4)
+        ]
+        [thread.start() for thread in threads]
+        [thread.join(30) for thread in threads]
+    assert joined and all(results[n].item() == pytest.approx(IMAGES[n].mean().item()) for n in range(4))
+
+
+def test_a_server_whose_worker_has_ended_says_so():
+    app = make_app(as_reward(brightness), "test")
+    with LiveServer(app) as server:
+        app.state.batcher._worker.cancel()
+        time.sleep(0.2)
+        answer = httpx.get(f"{server.url}/health")
+    assert answer.status_code == 503 and "restart the server" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("busy", [429, 503])
+def test_a_busy_server_is_asked_again_after_the_pause_it_wants(busy):
+    times = []
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        times.append(time.monotonic())
+        body = json.dumps(describe(as_reward(brightness), "test", Limits())).encode()
+        status, headers = (busy, [(b"retry-after", b"1")]) if len(times) == 1 else (200, [])
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    with LiveServer(app) as server:
+        assert RemoteReward(server.url, wait=30).name == "brightness"
+    assert len(times) == 2 and times[1] - times[0] >= 0.95
+
+
+def test_an_answer_that_drips_in_ends_at_the_timeout():
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": b" ", "more_body": True})
+            await asyncio.sleep(0.1)
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    started = time.monotonic()
+    with LiveServer(app) as server, pytest.raises(RewardError, match="no whole answer within 1 seconds"):
+        RemoteReward(server.url, wait=0, timeout=1.0)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_images": 0}, "max_bytes, max_images: got .* 0, expected >= 1"),
+        ({"range": ["nan", "1"]}, "range: got"),
+        ({"range": [1, 0]}, "range: got"),
+        ({"kind": "odd"}, "kind 'odd'"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused(change, says):
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        body = json.dumps({**describe(as_reward(brightness), "test", Limits()), **change}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    with LiveServer(app) as server, pytest.raises(RewardError, match=says):
+        RemoteReward(server.url, wait=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rationale": 5}, "rationale: got '5'"),
+        ({"rationale": [5]}, "rationale: got"),
+        ({"scores": {"0": 1.0}}, "scores: got dict"),
+        ({"criteria": {"a": 3}}, "a: got int"),
+        ({"criteria": []}, "criteria: got list"),
+        ({"valid": True}, "valid: got bool"),
+    ],
+)
+def test_an_answer_with_a_field_of_another_kind_names_it(change, says):
+    good = write_output(RewardOutput(torch.ones(2)))
+    read_output(json.loads(json.dumps(good)))
+    with pytest.raises(ValueError, match=says):
+        read_output({**good, **change})
+
+
+def with_data(data: bytes) -> str:
+    return json.dumps({"images": {"$data": base64.b64encode(data).decode()}, "prompts": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('{"images": ' + "[" * 900 + "]" * 900 + ', "prompts": []}', "images|nested too deep"),
+        ("[" * 200_000, "no JSON|nested"),
+        (with_data(tensor_to_npy(torch.tensor(0.5))), "a single number"),
+        (with_data(b"\x93NUMPY\x01\x00\x10\x00" + b"{" * 16), "npy"),
+    ],
+)
+def test_odd_bodies_are_answered_in_json(body, says):
+    with serving(brightness) as server:
+        answer = httpx.post(f"{server.url}/score", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and re.search(says, answer.json()["error"])
+
+
+def test_one_picture_named_many_times_is_counted_as_often():
+    part = tensor_to_npy(torch.zeros(3, 512, 512))
+    document = {"images": [{"$part": "x"}] * 900, "prompts": ["a"] * 900}
+    with pytest.raises(ValueError, match="more than 268,435,456 values in all"):
+        read_request(json.dumps(document).encode(), {"x": part})
+
+
+def test_a_server_for_this_machine_alone_answers_to_its_own_names():
+    app = make_app(as_reward(brightness), "test", hosts=["localhost", "127.0.0.1"])
+    with LiveServer(app) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_a_body_that_does_not_arrive_is_given_up():
+    with serving(brightness, read_seconds=0.3) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as open_:
+            open_.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            open_.settimeout(10)
+            assert b"408" in open_.recv(200)
 
 
 def test_what_is_no_visalign_server_is_said_to_be_none():

@@ -12,6 +12,7 @@ from torch import Tensor
 from visalign.images import images_to_pil
 from visalign.names import unknown_name
 from visalign.pipeline.generator import Generator
+from visalign.pipeline.lora_loading import load_lora
 from visalign.rewards import Scores, make_reward, parse_spec, score
 from visalign.sampling.rollout import rollout
 from visalign.search import METHODS, find_method
@@ -39,8 +40,10 @@ def generate(arguments: argparse.Namespace) -> None:
         num_steps=arguments.steps,
         guidance_scale=arguments.guidance,
     )
+    if getattr(generator.pipeline, "safety_checker", None) is not None:
+        generator.pipeline.safety_checker = None  # it paints pictures black, which would be scored, and kept
     if arguments.lora:
-        generator.pipeline.load_lora_weights(arguments.lora)
+        load_lora(generator.pipeline, arguments.lora)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.search:
         assert reward is not None

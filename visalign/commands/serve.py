@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     import os
 
     from visalign.rewards import make_reward, parse_spec
+    from visalign.rewards.urls import is_loopback
 
     try:
         from visalign.serving.server import Limits, make_app, open_socket, serve
@@ -37,4 +38,5 @@ def run(arguments: argparse.Namespace) -> None:
         spec = f"{arguments.reward} {json.dumps(options, sort_keys=True)}" if options else arguments.reward
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"serving {arguments.reward} at http://{host}:{listening.getsockname()[1]}", flush=True)
-        serve(make_app(reward, spec, token, limits), listening)
+        hosts = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(arguments.host) else None
+        serve(make_app(reward, spec, token, limits, hosts), listening)

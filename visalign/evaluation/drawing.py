@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visalign.images import check_images, images_to_numpy
 from visalign.pipeline.generator import Generator
+from visalign.pipeline.lora_loading import load_lora
 from visalign.rewards import RewardError
 from visalign.sampling.rollout import rollout
 from visalign.sampling.seeds import derived_seed, text_key
@@ -110,7 +111,7 @@ def load(contestant: Contestant, device: torch.device, dtype: str) -> Generator:
     if getattr(generator.pipeline, "safety_checker", None) is not None:
         generator.pipeline.safety_checker = None
     if contestant.lora is not None:
-        generator.pipeline.load_lora_weights(contestant.lora, adapter_name="contestant")
+        load_lora(generator.pipeline, contestant.lora, "contestant")
         generator.pipeline.set_adapters(["contestant"], [contestant.strength])
     return generator
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visalign.names import unknown_name
 
 from .generator import Generator
+from .lora_loading import load_lora
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Variants:
         adapter = None
         if component is None:
             adapter = f"variant_{len(self._variants)}"
-            self.pipeline.load_lora_weights(str(folder), adapter_name=adapter)
+            load_lora(self.pipeline, folder, adapter)
             self.pipeline.disable_lora()
         self._variants[name] = Variant(folder, adapter, component)
 

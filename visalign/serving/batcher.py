@@ -48,6 +48,11 @@ class Batcher:
         """Begin to score, on the running event loop."""
         self._worker = asyncio.get_running_loop().create_task(self._work())
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._worker is not None and not self._worker.done()
+
     async def close(self) -> None:
         """Refuse what is not answered yet, and wait for the thread."""
         if self._worker is not None:
@@ -83,6 +88,8 @@ class Batcher:
                 for job in jobs:
                     _give(job, Closing())
                 raise
+            except Exception as error:  # whatever went wrong, the next requests are not to wait for ever
+                results = [error] * len(jobs)
             for job, result in zip(jobs, results):
                 _give(job, result)
 
@@ -108,11 +115,13 @@ class Batcher:
     def _score_all(self, jobs: Sequence[Job]) -> list[RewardOutput | Exception]:
         self.batches += 1
         if len(jobs) > 1 and all(len(job.prompts) == len(job.images) for job in jobs):
-            together = self._score(
-                torch.cat([job.images for job in jobs]), [p for job in jobs for p in job.prompts], None
-            )
-            if isinstance(together, RewardOutput):
-                return list(_split(together, [len(job.images) for job in jobs]))
+            try:
+                images, prompts = torch.cat([job.images for job in jobs]), [p for job in jobs for p in job.prompts]
+                together = self._score(images, prompts, None)
+                if isinstance(together, RewardOutput):
+                    return list(_split(together, [len(job.images) for job in jobs]))
+            except Exception:
+                pass  # each by itself, below: then it is clear whose fault it was
         return [self._score(job.images, job.prompts, job.context) for job in jobs]
 
     def _score(self, images: Tensor, prompts: list[str], context: dict[str, Any] | None) -> RewardOutput | Exception:

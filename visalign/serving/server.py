@@ -15,7 +15,7 @@ import hmac
 import math
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from visalign.rewards import Reward, RewardError
 from visalign.rewards.urls import is_loopback
@@ -40,6 +41,8 @@ class Limits:
     max_images: int = 1024  # in a request
     max_batch: int = 64  # pictures from several requests scored together
     linger: float = 0.005  # seconds that a request waits for others
+    read_seconds: float = 300.0  # for a request's body to arrive
+    connections: int = 1000  # at a time; further ones are told to come back
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_images", "max_batch"):
@@ -67,8 +70,18 @@ def describe(reward: Reward, spec: str, limits: Limits) -> dict[str, Any]:
     }
 
 
-def make_app(reward: Reward, spec: str, token: str | None = None, limits: Limits | None = None) -> FastAPI:
-    """The ASGI application: `reward` under the name `spec`, for those who know `token`, or everybody if it is None."""
+def make_app(
+    reward: Reward,
+    spec: str,
+    token: str | None = None,
+    limits: Limits | None = None,
+    hosts: Sequence[str] | None = None,
+) -> FastAPI:
+    """The ASGI application: `reward` under the name `spec`, for those who know `token`, or everybody if it is None.
+
+    `hosts`: names under which it may be asked; None: any. Of a server for this machine alone they keep pages of others
+    out, whose names lead here.
+    """
     limits = limits or Limits()
     batcher = Batcher(reward, limits.max_batch, limits.linger)
 
@@ -81,6 +94,9 @@ def make_app(reward: Reward, spec: str, token: str | None = None, limits: Limits
     app = FastAPI(title="visalign", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.batcher = batcher
     app.add_exception_handler(HTTPException, _say_error)
+    app.add_exception_handler(Exception, _say_failure)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     def check_token(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -89,6 +105,8 @@ def make_app(reward: Reward, spec: str, token: str | None = None, limits: Limits
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if not batcher.alive:
+            raise HTTPException(503, "the thread that scores has ended; restart the server")
         return {"status": "ok"}
 
     @app.get("/description")
@@ -99,7 +117,11 @@ def make_app(reward: Reward, spec: str, token: str | None = None, limits: Limits
     @app.post("/score")
     async def score(request: Request) -> JSONResponse:
         check_token(request)
-        document, parts = await _read_body(request, limits.max_bytes)
+        try:
+            async with asyncio.timeout(limits.read_seconds):
+                document, parts = await _read_body(request, limits.max_bytes)
+        except TimeoutError:
+            raise HTTPException(408, f"request: got no whole body within {limits.read_seconds:g} seconds") from None
         try:
             images, prompts, context = await asyncio.to_thread(read_request, document, parts)
             if len(images) > limits.max_images:
@@ -119,6 +141,11 @@ def make_app(reward: Reward, spec: str, token: str | None = None, limits: Limits
 async def _say_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code)
+
+
+async def _say_failure(_request: Request, error: Exception) -> JSONResponse:
+    said = " ".join(str(error).split())[:300]
+    return JSONResponse({"error": f"the server failed: {type(error).__name__}: {said}"}, 500)
 
 
 async def _read_body(request: Request, max_bytes: int) -> tuple[bytes, dict[str, bytes]]:
@@ -178,7 +205,9 @@ def serve(app: FastAPI, listening: socket.socket, grace: int = 30) -> None:
     """Serve until SIGTERM or SIGINT; requests under way then have `grace` seconds to end. Returns after a clean end."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=grace, limit_concurrency=Limits.connections
+    )
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal again, once it is done with it

@@ -20,6 +20,7 @@ from visalign.images import pil_to_images, read_picture
 from visalign.rewards.base import RewardOutput
 
 DTYPES = ("float16", "float32", "float64", "uint8", "int32", "int64", "bool")
+MAX_VALUES = 2**28  # of all tensors of a request: 1 GB of floats
 MAX_PIXELS = 4096 * 4096  # of a compressed picture, which may be far larger than the file it comes in
 NPY = b"\x93NUMPY"
 
@@ -43,7 +44,7 @@ def npy_to_tensor(data: bytes) -> Tensor:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # the header is Python's literal syntax: what its reader may raise is not told
         raise ValueError(f"npy: got no readable .npy file ({' '.join(str(error).split())[:200]})") from None
     if dtype.name not in DTYPES or fortran:
         raise ValueError(f"npy: got {dtype}{' in Fortran order' if fortran else ''}, expected one of {DTYPES}")
@@ -92,22 +93,39 @@ def unpack(value: Any, parts: Mapping[str, bytes]) -> Any:
     """What `pack` was given, from its result.
 
     Raises:
-        ValueError: a part that is missing, or does not hold what it should.
+        ValueError: a part that is missing, or does not hold what it should; or more numbers than MAX_VALUES in all.
     """
-    if isinstance(value, list):
-        return [unpack(entry, parts) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"$part"}:
-        if not isinstance(value["$part"], str) or value["$part"] not in parts:
-            raise ValueError(f"part: got {value['$part']!r}, expected one of {sorted(parts)}")
-        return file_to_tensor(parts[value["$part"]])
-    if value.keys() == {"$data"}:
-        try:
-            return file_to_tensor(base64.b64decode(value["$data"], validate=True))
-        except (TypeError, binascii.Error):
-            raise ValueError("$data: got no base64 text, expected that of a .npy, PNG or JPEG file") from None
-    return {key: unpack(entry, parts) for key, entry in value.items()}
+    return _Reader(parts)(value)
+
+
+class _Reader:
+    """Unpacks what belongs to one request, whose pictures may be far larger than the files they come in."""
+
+    def __init__(self, parts: Mapping[str, bytes]) -> None:
+        self.parts, self.left = parts, MAX_VALUES
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {"$part"}:
+            if not isinstance(value["$part"], str) or value["$part"] not in self.parts:
+                raise ValueError(f"part: got {value['$part']!r}, expected one of {sorted(self.parts)}")
+            return self.counted(self.parts[value["$part"]])
+        if value.keys() == {"$data"}:
+            try:
+                return self.counted(base64.b64decode(value["$data"], validate=True))
+            except (TypeError, binascii.Error):
+                raise ValueError("$data: got no base64 text, expected that of a .npy, PNG or JPEG file") from None
+        return {key: self(entry) for key, entry in value.items()}
+
+    def counted(self, data: bytes) -> Tensor:
+        tensor = file_to_tensor(data)
+        self.left -= tensor.numel()
+        if self.left < 0:
+            raise ValueError(f"request: got pictures of more than {MAX_VALUES:,} values in all, expected fewer")
+        return tensor
 
 
 def read_request(document: bytes, parts: Mapping[str, bytes]) -> tuple[Tensor, list[str], dict[str, Any] | None]:
@@ -118,17 +136,23 @@ def read_request(document: bytes, parts: Mapping[str, bytes]) -> tuple[Tensor, l
     """
     try:
         request = json.loads(document)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"request: got no JSON ({str(error)[:100]})") from None
     keys = sorted(request) if isinstance(request, dict) else type(request).__name__
     if keys not in (["images", "prompts"], ["context", "images", "prompts"]):
         raise ValueError(f"request: got {keys}, expected 'images', 'prompts' and perhaps 'context'")
-    images, context = unpack(request["images"], parts), unpack(request.get("context"), parts)
+    read = _Reader(parts)
+    try:
+        images, context = read(request["images"]), read(request.get("context"))
+    except RecursionError:
+        raise ValueError("request: got JSON that is nested too deep") from None
     if isinstance(images, list) and images and all(isinstance(image, Tensor) for image in images):
         sizes = sorted({tuple(image.shape) for image in images})
         if len(sizes) > 1:
             raise ValueError(f"images: got pictures of shapes {sizes[:4]} in one request, expected one")
         images = torch.stack(images)
+    if isinstance(images, Tensor) and images.ndim == 0:
+        raise ValueError("images: got a single number, expected a tensor (N, 3, H, W)")
     if not isinstance(images, Tensor):
         raise ValueError(f"images: got {type(images).__name__}, expected a tensor or a list of pictures")
     if not isinstance(request["prompts"], list):
@@ -155,8 +179,16 @@ def read_output(answer: Mapping[str, Any]) -> RewardOutput:
     """The output in a server's answer.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: it is not what `write_output` gives.
+        KeyError, TypeError, ValueError, RuntimeError: it is not what `write_output` gives; names the field.
     """
+    reasons, criteria = answer["rationale"], answer["criteria"]
+    if not (reasons is None or isinstance(reasons, list) and all(r is None or isinstance(r, str) for r in reasons)):
+        raise ValueError(f"rationale: got {str(reasons)[:60]!r}, expected null or a list of texts")
+    if not isinstance(criteria, dict):
+        raise ValueError(f"criteria: got {type(criteria).__name__}, expected an object")
+    for name, values in {"scores": answer["scores"], "valid": answer["valid"], **criteria}.items():
+        if not isinstance(values, list) and not (name == "valid" and values is None):
+            raise ValueError(f"{name}: got {type(values).__name__}, expected a list")
     return RewardOutput(
         scores=_tensor(answer["scores"]),
         valid=None if answer["valid"] is None else torch.tensor(answer["valid"], dtype=torch.bool),

@@ -137,7 +137,6 @@ def reply(top: dict[str, float]) -> Reply:
         (("No", "NO"), 1.0, 1.0, 0.5),
         (("Yes", " yes"), 0.0, 0.0, 0.0),
         (("Yes",), 0.0, 0.1 / 0.35, 0.0),
-        (("Yes", " yes", "No", "NO"), 0.0, 0.0, 0.0),
     ],
 )
 def test_an_endpoints_answer_is_read_by_each_convention(drop, binary, canonical, full):
@@ -149,6 +148,23 @@ def test_an_endpoints_answer_is_read_by_each_convention(drop, binary, canonical,
         assert read_reply(reply(top), "Yes", "No", "binary")[1] == pytest.approx(math.log(0.5 / 0.2))
     if drop == ("No", "NO"):  # bounded by the least likely token that came back
         assert read_reply(reply(top), "Yes", "No", "binary")[1] == pytest.approx(math.log(0.5 / 0.01))
+
+
+def logs(shares):
+    return {token: math.log(share) for token, share in shares.items()}
+
+
+@pytest.mark.parametrize("convention", ["binary", "full", "canonical"])
+def test_a_served_word_may_come_with_blanks_and_where_neither_comes_there_is_no_score(convention):
+    probability, log_odds, error = read_reply(
+        reply(logs({" Yes": 0.6, "Yes": 0.1, " No": 0.2})), "Yes", "No", convention
+    )
+    assert error is None and probability == pytest.approx(0.7 if convention == "full" else 0.7 / 0.9)
+    assert log_odds == pytest.approx(math.log(0.7 / 0.2))
+    for first in ("<think>", "The", "Y"):
+        probability, log_odds, error = read_reply(reply(logs({first: 0.9, "picture": 0.1})), "Yes", "No", convention)
+        assert (probability, log_odds) == (0, 0)
+        assert error.startswith("neither 'Yes' nor 'No' is among") and error.endswith(f"begins {first!r})")
 
 
 def test_a_failed_or_empty_answer_is_an_error():
