@@ -5,7 +5,9 @@ LoRA and reward goes by flags.
 """
 
 import argparse
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -100,7 +102,8 @@ def prepare_environment() -> None:
     """Before gradio is imported: nothing is reported home, and copies for download have a folder of their own."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="visalign-demo-")
+        folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="visalign-demo-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def demo(arguments: argparse.Namespace) -> None:

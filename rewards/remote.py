@@ -14,7 +14,7 @@ from torch import Tensor
 from visalign.images import check_images, check_videos, is_video
 
 from .base import CONTEXT, KINDS, Context, RewardError, RewardOutput, check_prompts, register_reward
-from .urls import checked_url, is_loopback
+from .urls import checked_url, is_loopback, warn_of_open_token
 
 PIXELS = ("float32", "uint8")
 GONE = (429, 502, 503, 504)  # what stands before a server, or the server itself, says while it is away
@@ -60,6 +60,7 @@ class RemoteReward:
         self.url, self.wait, self.timeout, self.pixels = checked_url(url), wait, timeout, pixels
         token = os.environ.get(token_variable)
         self._token_variable = token_variable
+        warn_of_open_token(self.url, bool(token))
         self._closed = threading.Event()
         self._client = httpx.Client(
             headers={"authorization": f"Bearer {token}"} if token else {},

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import warnings
 from urllib.parse import urlsplit
 
 
@@ -31,6 +32,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def warn_of_open_token(url: str, sent: bool) -> None:
+    """Say that a token goes to another machine in the clear, over http, if it does."""
+    if sent and url.startswith("http://") and not is_loopback(url):
+        warnings.warn(f"url: {url} is plain http to another machine: the token goes there in the clear", stacklevel=3)
 
 
 def bearer(key_variable: str | None) -> dict[str, str]:

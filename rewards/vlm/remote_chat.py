@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from visalign.rewards.urls import bearer, checked_url, is_loopback
+from visalign.rewards.urls import bearer, checked_url, is_loopback, warn_of_open_token
 
 from .cache import DiskCache
 from .chat import Message, Reply, Token
@@ -94,6 +94,7 @@ class RemoteChat:
         self.name = model
         self.url = checked_url(url, default_path="/v1")
         self._headers = bearer(key_variable)
+        warn_of_open_token(self.url, bool(self._headers))
         self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
         self.picture_format, self.extra_body = picture_format, dict(extra_body or {})
         self._cache = None if cache is None else DiskCache(cache)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import httpx
 import numpy as np
@@ -36,6 +37,7 @@ from visalign.rewards import (
     score,
 )
 from visalign.rewards.remote import RemoteReward
+from visalign.rewards.urls import warn_of_open_token
 from visalign.serving.batcher import Batcher
 from visalign.serving.server import Limits, describe, make_app, open_socket
 from visalign.serving.wire import (
@@ -460,6 +462,19 @@ def test_a_failing_reward_is_an_error_at_once_with_its_reason():
     with serving(recorder) as server, failure:
         score(RemoteReward(server.url), IMAGES[:1], ["bad"], {"fps": 1})
     assert len(recorder.calls) == 1  # not tried again: it would fail again
+
+
+def test_a_token_that_goes_to_another_machine_in_the_clear_is_warned_of():
+    for url, sent, warned in (
+        ("http://192.0.2.7:80", True, True),
+        ("http://192.0.2.7:80", False, False),
+        ("https://192.0.2.7:80", True, False),
+        ("http://127.0.0.1:80", True, False),
+    ):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            warn_of_open_token(url, sent)
+        assert bool(said) == warned
 
 
 def test_whatever_goes_wrong_within_a_batch_the_next_request_is_answered(monkeypatch):
