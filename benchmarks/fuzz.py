@@ -35,10 +35,10 @@ from visalign.training.before.config import parse_config
 
 SLOW = 2.0
 ODD = [
-    "", " ", "0", "-1", "nan", ".nan", ".inf", "-.inf", "1e400", "1e-400", str(10**20), str(-(2**63) - 1), "010", "1:30",
-    "yes", "null", "~", "true", "[]", "{}", "[1, 2]", "{a: 1}", "a: b: c", "*a", "&a [*a]", "!!python/name:os.system",
-    "\u2028", "\x00", "\ufeff", "é" * 300, "x" * 9999, "[" * 3000, "{a: " * 3000, "$x_$", "[/b]", "../../etc/passwd",
-    "os:system", "/dev/zero", "-", "--", "=", "\\", "'", '"', "%s", "{0}", "\ud800",
+    "", " ", "0", "-1", "nan", ".nan", ".inf", "-.inf", "1e400", "1e-400", str(10**20), str(-(2**63) - 1), "010",
+    "1:30", "yes", "null", "~", "true", "[]", "{}", "[1, 2]", "{a: 1}", "a: b: c", "*a", "&a [*a]",
+    "!!python/name:os.system", "\u2028", "\x00", "\ufeff", "é" * 300, "x" * 9999, "[" * 3000, "{a: " * 3000, "$x_$",
+    "[/b]", "../../etc/passwd", "os:system", "/dev/zero", "-", "--", "=", "\\", "'", '"', "%s", "{0}", "\ud800",
 ]  # fmt: skip
 
 

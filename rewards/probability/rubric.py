@@ -50,10 +50,7 @@ def ask_all(judge: YesNoJudge, pictures: Sequence[Tensor], questions: Sequence[S
     if not chats:
         return torch.zeros(0), []
     answers = judge(chats)
-    # read_reply gives 0 to both where neither answer was among the likeliest tokens
-    neither = ((answers.probability == 0) & (answers.log_odds == 0)).tolist()
-    missing = "neither yes nor no was likely"
-    return answers.probability, [e or (missing if nothing else None) for e, nothing in zip(answers.errors, neither)]
+    return answers.probability, list(answers.errors)
 
 
 @register_reward("rubric")

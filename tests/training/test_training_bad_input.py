@@ -72,7 +72,7 @@ def cli(options, tmp_path, monkeypatch, capsys):
         (dict(solver="dpm2m"), "solver: got 'dpm2m' with window 'all'"),
         (dict(lora="none", lora_rank=0), "lora: got 'none' with lora_rank 0"),
         (dict(lora="none"), "lora: got 'none', which holds no .safetensors file"),
-        (dict(resume="none"), "resume: got 'none', which holds no whole checkpoint"),
+        (dict(resume="none"), "resume: got 'none', which holds no checkpoint"),
         (dict(height=-1), "height: got -1, expected within 8 .. 16384"),
         (dict(width=0), "width: got 0, expected within 8 .. 16384"),
         (dict(height=10**20), f"height: got {10**20}, expected at most 1,000,000,000"),
@@ -162,7 +162,7 @@ def test_a_corrupted_checkpoint(cli, tmp_path):
     (path / "state.json").write_text("{")
     assert "is damaged" in cli(resume=str(path))
     shutil.rmtree(path)
-    assert "holds no whole checkpoint" in cli(resume=str(tmp_path / "run"))
+    assert "holds no checkpoint" in cli(resume=str(tmp_path / "run"))
 
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"

@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        with pytest.raises(ValueError, match="holds no checkpoint"):
             ckpt.find_checkpoint(path)
 
 

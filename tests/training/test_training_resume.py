@@ -173,6 +173,9 @@ def test_python_and_texts_that_a_reward_or_a_judge_is_made_of_are_among_its_file
     (tmp_path / "words.txt").write_text("{prompt}")
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"rewards: ['{tmp_path / 'mine.py'}:red', 'other:red', {{name: gold}}]\n")
+    with pytest.raises(ValueError, match="names 'other:red', an attribute of a module; a file is data"):
+        spec_files(str(mix))
+    monkeypatch.setenv("VISALIGN_YAML_MODULES", "1")
     assert [f.name for f in spec_files(str(mix))] == ["mix.yaml", "mine.py", "other.py"]
     assert [f.name for f in spec_files(f"{tmp_path / 'mine.py'}:red:0.5+gold")] == ["mine.py"]
     assert spec_files("clip_match+gold:0.1") == []

@@ -216,7 +216,9 @@ def test_a_picture_with_an_unanswered_question_or_without_criteria_is_invalid():
     result = score(RubricReward(content, chat=Script(answer)), grey(0.1, 0.5, 0.9, 0.5), ["a cat"] * 3 + ["a dog"])
     output = result.outputs["rubric"]
     assert output.is_valid.tolist() == [False, True, False, False]
-    assert output.rationale == ["too dark", None, "neither yes nor no was likely", "no criterion applies to the prompt"]
+    dark, answered, neither, none = output.rationale
+    assert (dark, answered, none) == ("too dark", None, "no criterion applies to the prompt")
+    assert neither.startswith("neither 'Yes' nor 'No' is among the likeliest first tokens")
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def find_checkpoint(path: Path) -> Path:
         if paths := checkpoints(folder):
             return paths[-1]
     raise ValueError(
-        f"resume: got {str(path)!r}, which holds no whole checkpoint, expected a run folder or a step-N folder (a run "
+        f"resume: got {str(path)!r}, which holds no checkpoint, expected a run folder or a step-N folder (a run "
         "that ended before its first checkpoint starts anew without --resume)"
     )
 
