@@ -76,7 +76,7 @@ class Claim:
     def release(self) -> None:
         """Let go; where nothing was put into the folder, it goes, with the folders above that were made for it."""
         self._lock.release()
-        if [path.name for path in self.folder.iterdir()] not in ([], [".lock"]):
+        if not self.folder.is_dir() or [path.name for path in self.folder.iterdir()] not in ([], [".lock"]):
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in self._missing:
