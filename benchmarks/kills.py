@@ -36,6 +36,7 @@ TINY = dict(
     num_steps=3, steps=3, prompts_per_step=2, eval_count=2, eval_during=2, batch_size=4, lora_rank=2, monitor="off"
 )
 TIMES = ("seconds", "peak_memory", "time")
+GOING = (None, 128 + signal.SIGTERM)  # still running, or saved and unfinished: it is started again
 LEFT = (".partial", ".new", ".tmp", "-old", "-gone")
 
 
@@ -53,6 +54,8 @@ def training(module, **options) -> Program:
     def run(folder: Path) -> None:
         resume = str(folder) if checkpoints(folder / "checkpoints") else None
         module.main(module.Config(**TINY, **options, run_dir=str(folder), resume=resume))
+        if not (folder / "summary.json").exists():  # told to end, and saved: as the command does
+            raise SystemExit(128 + signal.SIGTERM)
 
     def outcome(folder: Path) -> dict[str, object]:
         last = checkpoints(folder / "checkpoints")[-1]
@@ -187,19 +190,19 @@ def main() -> None:
         name = list(programs)[sum(c["runs"] for c in counts.values()) % len(programs)]
         program, count = programs[name], counts[name]
         folder = arguments.out / f"{name.split()[0]}-{count['runs']}"
-        while (status := finished(pid := child(program, folder, log), rng.uniform(0, 1.2) * program.seconds)) is None:
+        while (status := finished(pid := child(program, folder, log), rng.uniform(0, 1.2) * program.seconds)) in GOING:
+            if status is not None:
+                continue
             os.kill(pid, signal.SIGTERM if rng.random() < 0.15 else signal.SIGKILL)
             status = finished(pid, None)
             count["kills"], total = count["kills"] + 1, total + 1
             if status == 0:
-                break
+                break  # it had just ended
         count["runs"] += 1
         if status not in (0, 128 + signal.SIGTERM):
             count["refused"] += 1
             print(f"{folder}: could not go on, status {status}", flush=True)
             continue
-        if status:  # told to end by SIGTERM when it was nearly there: once more
-            finished(child(program, folder, log), None)
         wrong = differences(program.outcome(folder), program.wanted)
         left = [str(p) for p in folder.rglob("*") if any(mark in p.name for mark in LEFT)]
         count["equal"] += not wrong
