@@ -52,6 +52,7 @@ from visalign.training.loop.trainer import Trainer, launch, train
 from visalign.training.loop.training_loop import Iteration, TrainingLoop
 from visalign.transitions import check_transition, make_transition
 
+Prune = Literal["none", "half", "extremes", "half_leaves", "extreme_leaves"]  # see docs/methods/tree_grpo.md
 Method = Literal["branch_grpo", "tree_grpo", "tempflow", "tp_grpo", "b2_diffurl"]
 
 # The options that a method has, beside those of all, and what None means for it.
@@ -82,9 +83,7 @@ class Config(options.CommonConfig):
     trees: int | None = None  # initial noises a prompt
     split_steps: tuple[int, ...] | None = None  # steps at which there is a fork
     between: Literal["ode", "sde"] | None = None  # steps that do not fork; sde trains them, too
-    prune: Literal["none", "half", "extremes", "half_leaves", "extreme_leaves"] | None = (
-        None  # see docs/methods/tree_grpo
-    )
+    prune: Prune | None = None  # what is not trained after, or of, a last split
     prune_depths: int | None = None  # so many depths are not trained, in a window that moves on
     window_size: int | None = None  # stochastic steps
     window_iterations: int | None = None  # before the window moves on by one step

@@ -273,8 +273,9 @@ class Chain:
         """Rewards, images on the CPU, and the gradient of the rewards by the latents."""
         self.ledger.decodes += len(latents)
         self.ledger.reward_gradients += len(latents)
-        self._valid = torch.ones(len(latents), dtype=torch.bool)
+        self._scored = []
         parts = [self._slope_of(part) for part in latents.detach().split(self.batch_size)]
+        self._valid = torch.cat(self._scored)
         rewards, images, gradients = (torch.cat(column) for column in zip(*parts))
         return rewards, images, gradients
 
@@ -301,7 +302,9 @@ class Chain:
 
     def _rewards(self, images: Tensor, prompts: list[str]) -> Tensor:
         if torch.is_grad_enabled():
-            return as_output(self.reward(images, prompts, self.context), self.reward.name, prompts).scores
+            output = as_output(self.reward(images, prompts, self.context), self.reward.name, prompts)
+            self._scored.append(output.is_valid)
+            return torch.where(output.is_valid.to(output.scores.device), output.scores, 0.0)
         result = score(self.reward, images, prompts, self.context)
         self.member_scores.append(result.shaped)
         self._scored.append(result.valid)

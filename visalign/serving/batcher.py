@@ -115,17 +115,17 @@ class Batcher:
     def _score_all(self, jobs: Sequence[Job]) -> list[RewardOutput | Exception]:
         self.batches += 1
         if len(jobs) > 1 and all(len(job.prompts) == len(job.images) for job in jobs):
-            try:
-                images, prompts = torch.cat([job.images for job in jobs]), [p for job in jobs for p in job.prompts]
-                together = self._score(images, prompts, None)
-                if isinstance(together, RewardOutput):
-                    return list(_split(together, [len(job.images) for job in jobs]))
-            except Exception:
-                pass  # each by itself, below: then it is clear whose fault it was
-        return [self._score(job.images, job.prompts, job.context) for job in jobs]
+            prompts = [prompt for job in jobs for prompt in job.prompts]
+            together = self._score([job.images for job in jobs], prompts, None)
+            if isinstance(together, RewardOutput):
+                return list(_split(together, [len(job.images) for job in jobs]))
+        return [self._score([job.images], job.prompts, job.context) for job in jobs]
 
-    def _score(self, images: Tensor, prompts: list[str], context: dict[str, Any] | None) -> RewardOutput | Exception:
+    def _score(
+        self, pictures: Sequence[Tensor], prompts: list[str], context: dict[str, Any] | None
+    ) -> RewardOutput | Exception:
         try:
+            images = pictures[0] if len(pictures) == 1 else torch.cat(list(pictures))
             if isinstance(self.reward, CombinedReward):
                 result = score(self.reward, images, prompts, context, on_fail="later")
                 return RewardOutput(result.total, criteria=result.parts, valid=result.valid)

@@ -201,9 +201,22 @@ def test_a_picture_shows_the_best_branches_in_order_without_crossing():
     assert draw_tree(two_levels([[1.0]]), leaves=3).axes  # one leaf, no range of values
 
 
-def test_the_ends_of_the_ranges_that_count_as_within():
-    Rules(6, tilt=0.0), Rules(6, tilt=math.inf), Rules(6, epsilon=0.0), Rules(6, epsilon=1.0), Rules(6, c_uct=0.0)
-    Rules(6, leaves_at_once=1), Rules(6, standardize=2), Rules(6, guidance_start=0.0), Rules(6, clip=None)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tilt", 0.0),
+        ("tilt", math.inf),
+        ("epsilon", 0.0),
+        ("epsilon", 1.0),
+        ("c_uct", 0.0),
+        ("leaves_at_once", 1),
+        ("standardize", 2),
+        ("guidance_start", 0.0),
+        ("clip", None),
+    ],
+)
+def test_the_ends_of_the_ranges_that_count_as_within(name, value):
+    assert getattr(Rules(6, **{name: value}), name) == value
 
 
 @pytest.mark.parametrize(
