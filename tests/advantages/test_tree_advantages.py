@@ -180,3 +180,20 @@ def test_scores_of_two_rewards_of_equal_ones_and_of_a_tiny_spread():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_was_not_scored_is_in_no_mean_of_a_depth_or_of_children():
+    trees, valid = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, True, False, True, True])
+    values = torch.tensor([1.0, 3.0, 99.0, 5.0, 5.0], dtype=torch.float64)
+    advantages = depth_advantages(values, trees, valid=valid)
+    assert advantages.tolist() == pytest.approx([-(2**-0.5), 2**-0.5, 0, 0, 0], abs=1e-6)
+    assert depth_advantages(values, trees, valid=torch.zeros(5, dtype=torch.bool)).tolist() == [0] * 5
+    children, parents = torch.tensor([1.0, 3.0, 99.0, 7.0]), torch.tensor([0, 0, 0, 1])
+    known = torch.tensor([True, True, False, False])
+    backed = tree_backup(children, torch.zeros(4), parents, 2, "uniform", known)
+    assert backed.tolist() == [2.0, 0.0]  # the second node has no scored leaf below
+
+
+def test_of_four_transitions_two_are_outer_ones():
+    kept = keep_transitions(torch.tensor([4.0, 1.0, 3.0, 2.0]), torch.zeros(4), torch.zeros(4), "extremes")
+    assert kept.tolist() == [True, True, False, False]
